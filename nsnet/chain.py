@@ -133,7 +133,7 @@ def run_study(
     _tidy(partial, final)
     return final
 
-# %% ../nbs/14_chain.ipynb #4829ed7c
+# %% ../nbs/14_chain.ipynb #aaae9e39
 def _execute(
     notebook: Path, # the study
     out: Path, # the executed copy, written as it goes
@@ -145,10 +145,11 @@ def _execute(
     stream = sys.stderr if progress and hasattr(sys.stderr, "fileno") else None
     try:
         papermill.execute_notebook(str(notebook), str(out), parameters=params, kernel_name="python3", cwd=os.getcwd(),
-                                   progress_bar=progress, stdout_file=stream, stderr_file=stream)
+                                   progress_bar=progress, stdout_file=stream, stderr_file=stream, extra_arguments=["--log-level=ERROR"])
     except papermill.PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}".splitlines()[0]
-        raise StudyError(f"{notebook.stem} stopped in cell {error.cell_index}: {reason} (what it did until then: {notebook.stem}.failed.ipynb)") from None
+        reason, line = f"{error.ename}: {error.evalue}".splitlines()[0], error.source.strip().splitlines()[0]
+        raise StudyError(f"{notebook.stem} stopped in cell {error.cell_index} ({line}): {reason}; "
+                         f"what it did until then is in {notebook.stem}.failed.ipynb") from None
 
 # %% ../nbs/14_chain.ipynb #17a689cc
 def main(
