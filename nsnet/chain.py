@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'resolve', 'study_folders', 'find_study', 'Parameter', 'parameters_of', 'checked_parameters',
-           'StudyError', 'run_study', 'main']
+           'StudyError', 'run_study', 'given', 'main']
 
 # %% ../nbs/14_chain.ipynb #f117a191
 import ast
@@ -150,6 +150,13 @@ def _execute(
         reason, line = f"{error.ename}: {error.evalue}".splitlines()[0], error.source.strip().splitlines()[0]
         raise StudyError(f"{notebook.stem} stopped in cell {error.cell_index} ({line}): {reason}; "
                          f"what it did until then is in {notebook.stem}.failed.ipynb") from None
+
+# %% ../nbs/14_chain.ipynb #ebfaacf7
+def given(
+    **values, # name -> value; None: nobody set it
+) -> dict: # without those
+    "The parameters that were set."
+    return {name: value for name, value in values.items() if value is not None}
 
 # %% ../nbs/14_chain.ipynb #17a689cc
 def main(
