@@ -221,13 +221,14 @@ def save_figures(
         with atomic_write(Path(folder, f"{name}.png")) as temporary:
             fig.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
-# %% ../nbs/13_report.ipynb #ccd649bc
+# %% ../nbs/13_report.ipynb #738de581
 def _draw_frames(axis, chosen: np.ndarray, n_columns: int, patch: int) -> None:
     "Frame the chosen patches: solid for high entropy, dashed for low."
     from matplotlib.patches import Rectangle
     half = -(-len(chosen) // 2)
-    for indices, color, style in ((chosen[:half], "#E69F00", "-"), (chosen[half:], "#56B4E9", "--")):
-        for i in dict.fromkeys(np.asarray(indices).tolist()):
+    high = set(chosen[:half].tolist())
+    for indices, color, style in ((high, "#E69F00", "-"), (set(chosen[half:].tolist()) - high, "#56B4E9", "--")):
+        for i in indices:
             corner = (i % n_columns * patch + .5, i // n_columns * patch + .5)
             axis.add_patch(Rectangle(corner, patch - 2, patch - 2, fill=False, ec=color, lw=1.3, ls=style))
 
@@ -241,10 +242,10 @@ def fig_patches(
     with figure(len(images), 3, (7.5, 2.5 * len(images))) as (fig, axes):
         for row, (title, image) in zip(axes, images.items()):
             shape = image.shape[0] // patch, image.shape[1] // patch
-            entropy = spectral_entropy(cut_patches(image, patch)).reshape(shape)
+            entropy = spectral_entropy(cut_patches(image, patch))
             row[0].imshow(image)
-            _draw_frames(row[0], chosen_patches(image, patch, canvas), shape[1], patch)
-            bar = fig.colorbar(row[1].imshow(entropy, cmap="cividis"), ax=row[1], shrink=.8)
+            _draw_frames(row[0], chosen_patches(entropy, (canvas // patch) ** 2), shape[1], patch)
+            bar = fig.colorbar(row[1].imshow(entropy.reshape(shape), cmap="cividis"), ax=row[1], shrink=.8)
             bar.set_label("spectral entropy, nats")
             row[2].imshow(select_patches(image, patch, canvas, seed))
             row[0].set_title(f"{title}, {image.shape[1]}×{image.shape[0]} px")
