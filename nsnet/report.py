@@ -9,7 +9,7 @@ __all__ = ['PAPER', 'PAPER_METRICS', 'SYSTEM_COLORS', 'STYLE', 'HISTORY', 'GRID'
            'main_tests', 'fig_roc_pr', 'fig_confusion', 'neighbours_agree', 'layout', 'fig_tsne', 'content_words',
            'fig_spectrum', 'fig_generators', 'versions', 'Stages', 'run_json']
 
-# %% ../nbs/13_report.ipynb #8e4a5fe2
+# %% ../nbs/13_report.ipynb #98010e3b
 import json
 import platform
 import time
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .images import atomic_write
-from .metrics import METRICS, evaluate_seeds, weighted_metrics
+from .metrics import METRICS, bootstrap, evaluate_seeds, point_metrics
 from .patches import chosen_patches, cut_patches, select_patches, spectral_entropy
 
 # %% ../nbs/13_report.ipynb #8740a743
@@ -145,21 +145,12 @@ def to_markdown(
                       + markdown_table(pd.DataFrame(cells)))
     return "\n\n".join(blocks) + "\n"
 
-# %% ../nbs/13_report.ipynb #1202b2c9
-def _draws(y: np.ndarray, n_boot: int, seed: int = 0) -> np.ndarray: # (n_boot, n)
-    "How often each image occurs in each bootstrap draw, drawn within its label."
-    rng, weights = np.random.default_rng(seed), np.zeros((n_boot, len(y)))
-    for label in (0, 1):
-        columns = np.flatnonzero(y == label)
-        weights[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), n_boot)
-    return weights
-
+# %% ../nbs/13_report.ipynb #51257f50
 def _difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int) -> tuple[np.ndarray, np.ndarray]: # (S, 7), (n_boot, 7)
-    "Metrics of `a` minus those of `b`: seed by seed, and their mean over seeds for redrawn images."
-    y = _labels(a)
-    weights = np.concatenate([np.ones((1, len(y))), _draws(y, n_boot)])
-    each = np.array([weighted_metrics(y, a[s].to_numpy(), weights) - weighted_metrics(y, b[s].to_numpy(), weights) for s in a])
-    return each[:, 0], each[:, 1:].mean(0)
+    "Metrics of `a` minus those of `b`: seed by seed, and their mean over seeds for the same redrawn images."
+    y, (pa, pb), half = _labels(a), (m.T.to_numpy() for m in (a, b)), np.full(a.shape[1], 0.5)
+    each = [[p - q for p, q in zip(point_metrics(y, s).values(), point_metrics(y, t).values())] for s, t in zip(pa, pb)]
+    return np.array(each), bootstrap(y, pa, half, n_boot) - bootstrap(y, pb, half, n_boot)
 
 # %% ../nbs/13_report.ipynb #cc9db2e2
 def difference(
