@@ -212,7 +212,7 @@ def save_figures(
         with atomic_write(Path(folder, f"{name}.png")) as temporary:
             fig.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
-# %% ../nbs/13_report.ipynb #738de581
+# %% ../nbs/13_report.ipynb #4e75d1b7
 def _draw_frames(axis, chosen: np.ndarray, n_columns: int, patch: int) -> None:
     "Frame the chosen patches: solid for high entropy, dashed for low."
     from matplotlib.patches import Rectangle
@@ -223,6 +223,7 @@ def _draw_frames(axis, chosen: np.ndarray, n_columns: int, patch: int) -> None:
             corner = (i % n_columns * patch + .5, i // n_columns * patch + .5)
             axis.add_patch(Rectangle(corner, patch - 2, patch - 2, fill=False, ec=color, lw=1.3, ls=style))
 
+# %% ../nbs/13_report.ipynb #6d6e51e3
 def fig_patches(
     images: Mapping[str, np.ndarray], # title -> (H, W, 3) uint8, a row each
     patch: int, # side of a patch, pixels
@@ -239,7 +240,7 @@ def fig_patches(
             bar = fig.colorbar(row[1].imshow(entropy.reshape(shape), cmap="cividis"), ax=row[1], shrink=.8)
             bar.set_label("spectral entropy, nats")
             row[2].imshow(select_patches(image, patch, canvas, seed))
-            row[0].set_title(f"{title}, {image.shape[1]}×{image.shape[0]} px")
+            row[0].set_title(f"{title}\n{image.shape[1]}×{image.shape[0]} px")
             row[1].set_title(f"{shape[0] * shape[1]} patches of {patch} px")
             row[2].set_title(f"canvas, {canvas}×{canvas} px")
             for axis in row: axis.set_axis_off()
