@@ -89,7 +89,7 @@ def _look(file: Path, known: dict) -> dict:
     except ImageError as error: width, height, reason = 0, 0, error.reason
     return dict(sha256=sha, width=width, height=height, reason=reason)
 
-# %% ../nbs/03_datasets.ipynb #1ed9adbd
+# %% ../nbs/03_datasets.ipynb #8deb2385
 def scan(
     rows: pd.DataFrame, # columns path, label, generator, split
     root: str | Path, # folder the paths start from
@@ -105,7 +105,9 @@ def scan(
         if record["sha256"] and record["sha256"] not in known:
             known[record["sha256"]] = record
             new.append(record)
-        if cache and len(new) >= 100: append_records(cache, new); new = []
+        if cache and len(new) == 100:
+            append_records(cache, new)
+            new = []
     if cache and new: append_records(cache, new)
     return _assemble(rows, pd.DataFrame(found, index=rows.index), root)
 
@@ -189,10 +191,12 @@ def index_layout(
     index.attrs.update(layout=name, skipped=dict(skipped))
     return index
 
-# %% ../nbs/03_datasets.ipynb #ed9456a2
+# %% ../nbs/03_datasets.ipynb #0e672f80
 def _refuse_lopsided(rows: pd.DataFrame, root: str | Path, name: str) -> None:
     "Raise ValueError unless there are images of both labels."
-    if not len(rows): raise ValueError(f"{root}: no image where the layout {name!r} expects one ({' or '.join(list(LAYOUTS[name].patterns)[:2])})")
+    if not len(rows):
+        expected = " or ".join(pattern.replace("{label}", "real|fake") for pattern in list(LAYOUTS[name].patterns)[:2])
+        raise ValueError(f"{root}: no image where the layout {name!r} has them, in {expected}")
     if rows.label.nunique() == 1:
         has, lacks = ("real", "generated") if rows.label.iloc[0] == 0 else ("generated", "real")
         raise ValueError(f"{root}: {len(rows)} {has} images and no {lacks} one; both are needed")
@@ -560,7 +564,7 @@ def unpack(
         raise ValueError(f"{archive}: damaged ({error}); remove it and run again") from None
     os.replace(part, dest)
 
-# %% ../nbs/03_datasets.ipynb #e9cd4dc5
+# %% ../nbs/03_datasets.ipynb #8af6b4e8
 def download_dalle(
     dest: str | Path = "data/dalle", # folder to make
     progress: bool = True, # show bars
@@ -568,7 +572,7 @@ def download_dalle(
 ) -> Path: # root for `index_dalle`
     "Get the DALLE Recognition dataset from Kaggle unless it is there. Run again, it goes on where it was cut off."
     dest = Path(dest)
-    if dest.is_dir(): return dest
+    if dest.is_dir() and any(dest.iterdir()): return dest
     if mounted := find_dalle(mounts): return mounted
     client = _kaggle_client()
     dest.parent.mkdir(parents=True, exist_ok=True)
