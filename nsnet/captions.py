@@ -29,13 +29,15 @@ def _source(model: str | Path) -> str:
     from nsnet.mini import asset
     return str(asset("blip"))
 
-# %% ../nbs/04_captions.ipynb #1b6e6278
+# %% ../nbs/04_captions.ipynb #144a1f65
 def portable_name(
     model: str | Path, # "mini", a directory or a hub name
 ) -> str:
     "The captioner's name, the same on every machine; for a directory `name@hash of the weights`."
     source = Path(_source(model))
-    if not source.is_dir(): return str(model)
+    if not source.is_dir():
+        if len(source.parts) > 2 or source.is_absolute(): raise ValueError(f"{source}: no such directory")
+        return str(model)
     digest = hashlib.sha256()
     for file in sorted([*source.glob("*.safetensors"), *source.glob("vocab*"), *source.glob("tokenizer*.json")]):
         digest.update(file.name.encode())
@@ -62,7 +64,7 @@ class Captioner:
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, num_beams=1, do_sample=False)
         return [c.strip() for c in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
-# %% ../nbs/04_captions.ipynb #eca3f4f4
+# %% ../nbs/04_captions.ipynb #fd8d5f35
 def load_captioner(
     name: str | Path = "mini", # "mini", a directory or a hub name
     device: str | None = None, # None: a GPU where there is one
@@ -74,9 +76,13 @@ def load_captioner(
     from transformers import AutoModelForImageTextToText, AutoProcessor
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.float16
-    processor = AutoProcessor.from_pretrained(_source(name))
-    model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype).to(device).eval()
-    return Captioner(captioner_name(name, max_new_tokens, prompt), model, processor, max_new_tokens, prompt)
+    full_name = captioner_name(name, max_new_tokens, prompt)
+    try:
+        processor = AutoProcessor.from_pretrained(_source(name))
+        model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"captioner {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    return Captioner(full_name, model.to(device).eval(), processor, max_new_tokens, prompt)
 
 # %% ../nbs/04_captions.ipynb #7be9a8c8
 def captioner_name(
@@ -110,12 +116,12 @@ def _parts(store: str | Path | None) -> list[Path]:
     store = Path(store)
     return [store, *sorted(store.parent.glob(f"{store.stem}.part*{store.suffix}"))]
 
-# %% ../nbs/04_captions.ipynb #0264b0c8
-def _load(files: dict[str, Path], side: int) -> tuple[dict[str, Image.Image], dict[str, str]]:
+# %% ../nbs/04_captions.ipynb #ea78ccff
+def _load(files: dict[str, str], root: Path, side: int) -> tuple[dict[str, Image.Image], dict[str, str]]:
     "Open the images of a batch, no larger than `side`; the second result is what cannot be read, and why."
     images, reasons = {}, {}
     for sha, file in files.items():
-        try: images[sha] = open_image(file)
+        try: images[sha] = open_image(root/file)
         except ImageError as error: reasons[sha] = error.reason
         else: images[sha].thumbnail((side, side))
     return images, reasons
@@ -130,19 +136,20 @@ def _ahead(function: Callable, items: Iterable) -> Iterator:
             if ready: yield ready.result()
         if coming: yield coming.result()
 
-# %% ../nbs/04_captions.ipynb #9d684891
-def _batches(index: pd.DataFrame, root: Path, captions: dict, batch_size: int) -> list[dict[str, Path]]:
-    "Batches by hash that lack a caption, each hash -> file."
-    files = {sha: root/path for sha, path in zip(index.sha256, index.path)}
+# %% ../nbs/04_captions.ipynb #ae81e1d1
+def _batches(index: pd.DataFrame, captions: dict, batch_size: int) -> list[dict[str, str]]:
+    "Batches by hash that lack a caption, each hash -> path."
+    files = dict(zip(index.sha256, index.path))
     order = sorted(files)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [{sha: files[sha] for sha in batch} for batch in batches if any(sha not in captions for sha in batch)]
 
-# %% ../nbs/04_captions.ipynb #e595562b
-def _describe(todo: list[dict], model: Captioner, captions: dict, store: str | Path | None, side: int, progress: bool) -> dict:
+# %% ../nbs/04_captions.ipynb #d1e838e1
+def _describe(todo: list[dict], root: Path, model: Captioner, captions: dict, store: str | Path | None,
+              side: int, progress: bool) -> dict[str, str]:
     "Describe batches, adding to `captions` and to the store one by one; returns what cannot be read, and why."
     reasons = {}
-    loaded = _ahead(lambda files: _load(files, side), todo)
+    loaded = _ahead(lambda files: _load(files, root, side), todo)
     for images, bad in tqdm(loaded, total=len(todo), desc="captioning", disable=not progress):
         reasons.update(bad)
         if images.keys() <= captions.keys(): continue
@@ -152,7 +159,7 @@ def _describe(todo: list[dict], model: Captioner, captions: dict, store: str | P
         captions.update(new)
     return reasons
 
-# %% ../nbs/04_captions.ipynb #b48be24a
+# %% ../nbs/04_captions.ipynb #ccfa32e5
 def caption(
     index: pd.DataFrame, # an index
     model: str | Path | Captioner = "mini", # "mini", a directory, a hub name or a loaded captioner
@@ -169,10 +176,10 @@ def caption(
     loaded = isinstance(model, Captioner)
     name = model.name if loaded else captioner_name(model, max_new_tokens, prompt)
     captions, reasons = read_store(store, name), {}
-    todo = _batches(index, root_of(index, root), captions, batch_size)
+    todo = _batches(index, captions, batch_size)
     if todo:
         if not loaded: model = load_captioner(model, device, max_new_tokens, prompt)
-        reasons = _describe(todo, model, captions, store, side, progress)
+        reasons = _describe(todo, root_of(index, root), model, captions, store, side, progress)
     return _fill(index, captions, reasons, store)
 
 # %% ../nbs/04_captions.ipynb #693680bc
@@ -188,7 +195,7 @@ def _fill(index: pd.DataFrame, captions: dict, reasons: dict, store: str | Path 
         write_rejected([ImageError(*r) for r in result.attrs["rejected"]], Path(store).with_name("rejected.csv"))
     return result
 
-# %% ../nbs/04_captions.ipynb #cf685129
+# %% ../nbs/04_captions.ipynb #55a0fa49
 def caption_part(
     index: pd.DataFrame, # an index
     model: Captioner, # a loaded captioner
@@ -201,10 +208,11 @@ def caption_part(
     progress: bool = True, # show a bar
 ) -> None:
     "Describe one process's share of an index; call `caption` with the same store when all are done."
-    store, batches = Path(store), _batches(index, root_of(index, root), {}, batch_size)
+    store, batches = Path(store), _batches(index, {}, batch_size)
     captions = read_store(store, model.name)
     todo = [batch for batch in batches[rank::ranks] if not batch.keys() <= captions.keys()]
-    _describe(todo, model, captions, store.with_name(f"{store.stem}.part{rank}{store.suffix}"), side, progress)
+    part = store.with_name(f"{store.stem}.part{rank}{store.suffix}")
+    _describe(todo, root_of(index, root), model, captions, part, side, progress)
 
 # %% ../nbs/04_captions.ipynb #c4e2046b
 def caption_accuracy(

@@ -33,6 +33,7 @@ class Kaggle(BaseHTTPRequestHandler):
     "Answers as Kaggle does: those it knows are sent on to a storage address, which serves any part of the archive."
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
+        if "IntrospectToken" in self.path: return self.send_error(404)
         self.server.asked += 1
         if self.headers.get("Authorization") != "Basic " + base64.b64encode(f"{NAME}:{KEY}".encode()).decode():
             return self.send_error(401)
@@ -106,8 +107,15 @@ def test_long_cut_is_mended_by_the_next_run(kaggle, tmp_path):
 @pytest.mark.parametrize("missing", [("KAGGLE_USERNAME", "KAGGLE_KEY"), ("KAGGLE_KEY",)])
 def test_without_credentials(kaggle, tmp_path, monkeypatch, capsys, missing):
     for name in missing: monkeypatch.delenv(name)
-    with pytest.raises(ValueError, match="no Kaggle credentials.*kaggle.json"): get(tmp_path)
+    with pytest.raises(ValueError, match="no valid Kaggle credentials.*kaggle.json"): get(tmp_path)
     assert KEY not in "".join(capsys.readouterr()) and not kaggle.asked
+
+
+def test_token_that_has_ended(kaggle, tmp_path, monkeypatch, capsys):
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"): monkeypatch.delenv(name)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
+    with pytest.raises(ValueError, match="no valid Kaggle credentials") as error: get(tmp_path)
+    assert KEY not in "".join([*capsys.readouterr(), str(error.value)])
 
 
 def test_wrong_credentials(kaggle, tmp_path, monkeypatch, capsys):
