@@ -212,7 +212,7 @@ def index_folder(
     "Index a folder of real and generated images; `fake/<generator>/` names the generators."
     return index_layout(root, "folder", cache, progress=progress)
 
-# %% ../nbs/03_datasets.ipynb #9d6aa6e7
+# %% ../nbs/03_datasets.ipynb #8a63619f
 def index_mini(
     root: str | Path = "data/mini", # where the images are or will be
     n_train: int = 600, # training images per label
@@ -222,9 +222,10 @@ def index_mini(
     progress: bool = True, # show bars
 ) -> pd.DataFrame:
     "Index of the mini world, made on first use; also has columns shape, color, ground and sky."
-    from nsnet.mini import make_images
-    rows = make_images(root, n_train, n_test, seed, seen, progress).drop(columns="true_caption")
-    index = scan(rows, root, Path(root, "checked.jsonl"), progress=progress)
+    from nsnet.mini import asset, make_images
+    folder = Path(root, f"seed{seed}-{content_hash(asset('generators.safetensors'))[:8]}")
+    rows = make_images(folder, n_train=n_train, n_test=n_test, seed=seed, seen=seen, progress=progress)
+    index = scan(rows.drop(columns="true_caption"), folder, Path(root, "checked.jsonl"), progress=progress)
     index.attrs["layout"] = "mini"
     return index
 
