@@ -1,0 +1,39 @@
+# Two commands do everything: `make study` and `make test`. Both install on first use, into .venv.
+PYTHON ?= python3
+READY := .venv/.ready
+STUDY := python -m nsnet.chain
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: study study-full mini test sync clean
+
+# The study on the mini world with one seed: reports/table1/
+study: $(READY)
+	$(STUDY) table1 preset=mini seeds=0 out=reports/table1
+
+# The same with three seeds, which is what the README shows: reports/table1-full/
+study-full: $(READY)
+	$(STUDY) table1 preset=mini seeds=0,1,2 out=reports/table1-full
+
+# Make the mini world itself from nothing (hours): nsnet/assets/mini/ and reports/make_mini/
+mini: $(READY)
+	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini
+
+# Generated files in step with the notebooks, every notebook, then the system tests
+test: export OMP_NUM_THREADS = 1
+test: export HF_HUB_OFFLINE = 1
+test: $(READY)
+	python scripts/sync.py --check
+	nbdev-test --n-workers 2
+	python -m pytest
+
+# Write the modules and README.md anew from the notebooks
+sync: $(READY)
+	python scripts/sync.py
+
+$(READY): pyproject.toml settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,44 @@
+"Write the modules and README.md anew from the notebooks; with --check, do it in a copy and fail when anything differs."
+import filecmp
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+COPIED = ("pyproject.toml", "settings.ini", "README.md", "nbs", "nsnet", "scripts")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
+
+
+def generate(root: Path) -> None:
+    "Remove every generated module of a checkout, export all notebooks, clean them, render the README."
+    for module in (root/"nsnet").glob("*.py"):
+        if module.name != "__init__.py": module.unlink()
+    for command in ("nbdev-export", "nbdev-clean"): subprocess.run([command], cwd=root, check=True)
+    subprocess.run([sys.executable, root/"scripts/readme.py"], cwd=root, check=True)
+
+
+def files(root: Path) -> set[Path]:
+    "Notebooks, modules and the README of a checkout."
+    found = {p.relative_to(root) for part in ("nbs", "nsnet") for p in (root/part).rglob("*") if p.suffix in (".ipynb", ".py")}
+    return {p for p in found if ".ipynb_checkpoints" not in p.parts} | {Path("README.md")}
+
+
+def differing() -> list[str]:
+    "What would change if everything were generated anew."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "checkout")
+        copy.mkdir()
+        for name in COPIED:
+            source = REPO/name
+            if source.is_dir(): shutil.copytree(source, copy/name, ignore=LEFT_OUT)
+            elif source.exists(): shutil.copy(source, copy/name)
+        generate(copy)
+        same = lambda p: (REPO/p).exists() and (copy/p).exists() and filecmp.cmp(REPO/p, copy/p, shallow=False)
+        return sorted(str(p) for p in files(REPO) | files(copy) if not same(p))
+
+
+if __name__ == "__main__":
+    if "--check" not in sys.argv: generate(REPO)
+    elif changed := differing(): sys.exit("not in step with the notebooks (run `make sync`): " + ", ".join(changed))

@@ -1,0 +1,68 @@
+"The built wheel works in an environment of its own, far from the checkout."
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "settings.ini", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "nsnet", "nbs/studies")
+
+
+def run(*command, **options):
+    "Run a command and return what it printed; its words on failure."
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel, built from a copy of the sources."
+    folder = tmp_path_factory.mktemp("build")
+    for name in SOURCES:
+        source, target = REPO/name, folder/"source"/name
+        if source.is_dir(): shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists(): target.parent.mkdir(exist_ok=True), shutil.copy(source, target)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder/"source")
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    "An environment with the wheel; the libraries it needs are borrowed from this one, the checkout is not."
+    venv = tmp_path_factory.mktemp("clean")/"venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    site = next((venv/"lib").glob("python*"))/"site-packages"
+    (site/"borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    run(sys.executable, "-m", "pip", "--python", venv/"bin/python", "install", "--no-deps", "--no-index", wheel)
+    return venv/"bin/python"
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    "An empty current folder, and nothing that points at the checkout."
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def test_package_stands_alone(installed, away):
+    where = run(installed, "-c", "import nsnet; print(nsnet.__file__)", cwd=away).strip()
+    assert Path(where).is_relative_to(installed.parents[1])
+    found = run(installed, "-c", "from nsnet.chain import find_study; from nsnet.mini import asset; print(find_study('table1'), asset('clip'), asset('blip'))", cwd=away)
+    assert all(Path(path).is_relative_to(Path(where).parent) for path in found.split())
+
+
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 16e6
+
+
+def test_study_runs_from_the_wheel(installed, away):
+    out = run(installed, "-m", "nsnet.chain", "table1", "systems=linear_probe,no_projection,advanced", "out=out", "data=data", cwd=away)
+    assert "table1.ipynb" in out
+    assert {"table1.csv", "scores.csv", "table1.ipynb"} <= {p.name for p in (away/"out").iterdir()}
+    assert str(REPO) not in (away/"out/table1.ipynb").read_text()
