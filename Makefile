@@ -32,7 +32,7 @@ sync: $(READY)
 
 $(READY): pyproject.toml settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 clean:
