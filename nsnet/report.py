@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'PAPER_METRICS', 'SYSTEM_COLORS', 'STYLE', 'HISTORY', 'GRID', 'CATEGORIES', 'SMALL_WORDS', 'PACKAGES',
            'test_sets', 'score_matrix', 'paper_table', 'table', 'write_csv', 'write_text', 'cell', 'markdown_table',
-           'test_name', 'to_markdown', 'difference', 'colors', 'figure', 'save_figures', 'fig_patches', 'fig_training',
-           'main_tests', 'fig_roc_pr', 'fig_confusion', 'neighbours_agree', 'layout', 'fig_tsne', 'content_words',
-           'fig_spectrum', 'fig_generators', 'versions', 'Stages', 'run_json']
+           'test_name', 'to_markdown', 'difference', 'colors', 'figure', 'save_figures', 'fig_patches', 'read_history',
+           'fig_training', 'main_tests', 'fig_roc_pr', 'fig_confusion', 'neighbours_agree', 'layout', 'fig_tsne',
+           'content_words', 'fig_spectrum', 'fig_generators', 'versions', 'Stages', 'run_json']
 
 # %% ../nbs/13_report.ipynb #98010e3b
 import json
@@ -246,6 +246,16 @@ def fig_patches(
             for axis in row: axis.set_axis_off()
         fig.supxlabel("framed: the half with the highest entropy (orange, solid) and the half with the lowest (blue, dashed)", fontsize=8)
     return fig
+
+# %% ../nbs/13_report.ipynb #c5046de3
+def read_history(
+    folder: str | Path, # of a finished run
+) -> pd.DataFrame: # a row an epoch: contrastive, bce, alignment, val_accuracy; none for a system that is fitted in one go
+    "The loss terms and the validation accuracy of a run, epoch by epoch."
+    terms = ["contrastive", "bce", "alignment"]
+    if not Path(folder, "history.csv").read_text().strip(): return pd.DataFrame(columns=["epoch", *terms, "val_accuracy"])
+    by_epoch = pd.read_csv(Path(folder, "history.csv")).groupby("epoch")[terms].mean()
+    return by_epoch.assign(val_accuracy=pd.read_csv(Path(folder, "validation.csv")).accuracy).reset_index()
 
 # %% ../nbs/13_report.ipynb #0704bebc
 HISTORY = dict(contrastive="contrastive loss", bce="BCE loss", alignment="alignment loss", val_accuracy="validation accuracy")
