@@ -34,12 +34,12 @@ def is_image_name(
     name = Path(name)
     return name.suffix.lower() in EXTENSIONS and not name.name.startswith(".")
 
-# %% ../nbs/00_images.ipynb #41a57a7d
+# %% ../nbs/00_images.ipynb #555baee5
 def content_hash(
     path,     # a file
 ) -> str:     # 64 hexadecimal digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_images.ipynb #6acbbcf8
 @contextmanager
@@ -123,12 +123,12 @@ def image_size(
         w, h = image.size
         return (h, w) if image.getexif().get(0x0112) in _ROTATED else (w, h)
 
-# %% ../nbs/00_images.ipynb #9ff74cfe
+# %% ../nbs/00_images.ipynb #0c2a1904
 def write_rejected(
     rejected: list,  # of ImageError, or of (path, reason)
     path,            # the CSV file
 ) -> None:
     "Write which files were refused and why: columns path, reason."
     rows = [(r.path, r.reason) if isinstance(r, ImageError) else tuple(r) for r in rejected]
-    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *sorted(set(rows))])

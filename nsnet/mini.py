@@ -6,8 +6,8 @@
 __all__ = ['SIZE', 'SHAPES', 'COLORS', 'GROUNDS', 'SKIES', 'WORDS', 'CONTENTS', 'ASSETS', 'GENERATORS', 'true_caption', 'texture',
            'signed_distance', 'render_scene', 'bayer_masks', 'demosaic', 'to_8bit', 'camera', 'jpeg_bytes',
            'jpeg_quality', 'through_jpeg', 'render_photo', 'upsampler', 'AutoEncoder', 'Denoiser', 'sample_latents',
-           'asset', 'load_generators', 'decode_pixels', 'reconstruct', 'word_indices', 'generate', 'make_images',
-           'one_feature_rules']
+           'asset', 'load_generators', 'grain', 'decode_pixels', 'reconstruct', 'word_indices', 'generate',
+           'make_images', 'one_feature_rules']
 
 # %% ../nbs/02_mini.ipynb #8def26bc
 import io, json, math
@@ -310,31 +310,48 @@ def load_generators(
     denoiser.load_state_dict(part("diffusion")); denoiser.eval()
     return nets, denoiser, facts
 
-# %% ../nbs/02_mini.ipynb #0bbe7320
+# %% ../nbs/02_mini.ipynb #8142399f
+def grain(
+    shape: tuple,                # (B, C, H, W)
+    size: float,                 # standard deviation of the smoothing in pixels; 0: white
+    generator: torch.Generator,
+) -> torch.Tensor:               # variance 1
+    "Gaussian noise, correlated between neighbouring pixels (a Gaussian of three taps along each axis)."
+    z = torch.randn(shape, generator=generator)
+    if not size: return z
+    side = math.exp(-.5/size**2)
+    k = torch.tensor([side, 1., side])/math.sqrt(1 + 2*side**2)
+    along = lambda z, taps: F.conv2d(z, taps.expand(shape[1], 1, *taps.shape[-2:]), groups=shape[1])
+    return along(along(F.pad(z, (1, 1, 1, 1), mode="circular"), k.view(1, 1, 3, 1)), k.view(1, 1, 1, 3))
+
+# %% ../nbs/02_mini.ipynb #f296b9e2
 @torch.no_grad()
 def decode_pixels(
     net: AutoEncoder,
     z: torch.Tensor,             # (B, latent, h, w)
     temperature: float,          # 0: the mean image; 1: grain as strong as the decoder expects
+    size: float,                 # of the grain, pixels
     generator: torch.Generator,  # source of the grain
 ) -> np.ndarray:                 # (B, 4h, 4w, 3) uint8
     "Latents to pixels, with grain."
     mean, scale = net.decode(z)
-    x = mean + 1.2533*temperature*scale*torch.randn(mean.shape, generator=generator)
+    x = mean + 1.2533*temperature*scale*grain(mean.shape, size, generator)
     return ((x + 1)*127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
+# %% ../nbs/02_mini.ipynb #0df370c9
 @torch.no_grad()
 def reconstruct(
     net: AutoEncoder,
     images: np.ndarray,  # (B, H, W, 3) uint8
     temperature: float,
+    size: float,         # of the grain, pixels
     generator: torch.Generator,
 ) -> np.ndarray:         # (B, H, W, 3) uint8
     "Images through an autoencoder and back."
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()/127.5 - 1
-    return decode_pixels(net, net.encode(x), temperature, generator)
+    return decode_pixels(net, net.encode(x), temperature, size, generator)
 
-# %% ../nbs/02_mini.ipynb #9530d1b0
+# %% ../nbs/02_mini.ipynb #9abbc990
 def word_indices(
     contents: list,  # of (shape, color, ground, sky)
 ) -> torch.Tensor:   # (B, 4) long
@@ -354,9 +371,9 @@ def generate(
     if name == "diffusion":
         z = sample_latents(denoiser, word_indices(contents), g)
         mean, std = (torch.tensor(facts[k])[None, :, None, None] for k in ("latent_mean", "latent_std"))
-        return decode_pixels(nets[facts["latent_of"]], z*std + mean, facts["temperature"][name], g)
+        return decode_pixels(nets[facts["latent_of"]], z*std + mean, facts["temperature"][name], facts["grain"][name], g)
     photos = np.stack([render_photo(c, seed + 10*i) for i, c in enumerate(contents)])
-    return reconstruct(nets[name], photos, facts["temperature"][name], g)
+    return reconstruct(nets[name], photos, facts["temperature"][name], facts["grain"][name], g)
 
 # %% ../nbs/02_mini.ipynb #051935ad
 _BATCH = 50

@@ -59,7 +59,14 @@ def _magnitudes(grey):
     c, s = along[:, :n], along[:, n:]
     return np.hypot(c[..., :half] + s[..., half:], c[..., half:] - s[..., :half])
 
-# %% ../nbs/01_patches.ipynb #d9995c49
+# %% ../nbs/01_patches.ipynb #d2cd7f5d
+def _grey(patches):
+    "Mean over the channels of (P, n, n, 3) as float32."
+    if patches.dtype != np.uint8: return patches.sum(-1).astype(np.float32)/3
+    red, green, blue = (patches[..., c] for c in range(3))
+    return (red.astype(np.uint16) + green + blue).astype(np.float32)/3
+
+# %% ../nbs/01_patches.ipynb #1a3fa594
 def spectral_entropy(
     patches: np.ndarray,  # (P, n, n, 3) uint8 or float
     eps: float = 1e-8,    # keeps an all-black patch finite
@@ -67,8 +74,7 @@ def spectral_entropy(
     "Entropy of the Fourier magnitudes of each patch's grey values (eq. 13)."
     if patches.ndim != 4 or patches.shape[1] != patches.shape[2] or patches.shape[3] != 3:
         raise ValueError(f"patches are (P, n, n, 3), these are {patches.shape}")
-    grey = patches.sum(-1, dtype=np.uint16) if patches.dtype == np.uint8 else patches.sum(-1)
-    a = _magnitudes(grey.astype(np.float32)/3)
+    a = _magnitudes(_grey(patches))
     twice = _fourier(patches.shape[1])[2]
     total = (a*twice).sum((1, 2), keepdims=True) + np.float32(eps)
     p = a/total

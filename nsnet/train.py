@@ -50,12 +50,12 @@ def view_key(
     if recipe.patches == "whole": return f"whole-{setup.canvas}"
     return f"{recipe.patches}-{setup.patch}-{setup.canvas}-{setup.seed}"
 
-# %% ../nbs/11_train.ipynb #912c6ad7
+# %% ../nbs/11_train.ipynb #66ddc963
 def _views_of_batch(rows, root, recipe, setup):
     "Views by content hash, and what was refused."
     made, rejected = {}, []
     for path, key in zip(rows.path, rows.sha256):
-        try: made[key] = torch.from_numpy(np.ascontiguousarray(view(open_image(root/path), recipe, setup)))
+        try: made[key] = torch.from_numpy(np.array(view(open_image(root/path), recipe, setup)))
         except ImageError as e: rejected.append((path, e.reason))
         except ValueError as e: rejected.append((path, str(e)))
     return made, rejected
@@ -106,7 +106,7 @@ def projection_matrix(
     if recipe.projection != "global": return None
     return global_projection(v, tau=recipe.tau_sv, null_rank=recipe.null_rank or None, energy=recipe.energy or None)
 
-# %% ../nbs/11_train.ipynb #9bf5f664
+# %% ../nbs/11_train.ipynb #426259ad
 @dataclass
 class Part:
     "Images of one split, ready for the network."
@@ -144,7 +144,7 @@ def prepare(
     x = inputs(views, list(rows.sha256), recipe, setup, backbone, cache, progress)
     v = text_features(backbone, list(rows.caption), cache, progress=progress) if recipe.kind == "nsnet" else torch.zeros(len(rows), 1)
     y = torch.tensor(rows.label.to_numpy(), dtype=torch.float32)
-    return {s: Part(*(t[torch.from_numpy((rows.split == s).to_numpy())] for t in (x, y, v))) for s in ("train", "val")}, rejected
+    return {s: Part(*(t[torch.tensor((rows.split == s).tolist())] for t in (x, y, v))) for s in ("train", "val")}, rejected
 
 # %% ../nbs/11_train.ipynb #840a5f7e
 def learning_rate(
@@ -292,7 +292,7 @@ def fit(
     load_trained(net, best)
     return run
 
-# %% ../nbs/11_train.ipynb #9ea2f434
+# %% ../nbs/11_train.ipynb #cb2164e0
 def run_key(recipe, setup, index, backbone, seed):
     "Sixteen digits that stand for everything a result depends on."
     used = index[index.split.isin(["train", "val"])]
@@ -309,8 +309,9 @@ def _finished(out, key, backbone):
 
 def _write_run(out, run):
     "The history as tables, and last of all run.json, which marks the run as finished."
-    for name in ("history", "validation"):
-        with atomic_write(out/f"{name}.csv") as tmp: pd.DataFrame(run[name]).to_csv(tmp, index=False, lineterminator="\n")
+    for name in ("history", "validation"):                 # a probe has neither
+        if run[name]:
+            with atomic_write(out/f"{name}.csv") as tmp: pd.DataFrame(run[name]).to_csv(tmp, index=False, lineterminator="\n")
     with atomic_write(out/"run.json") as tmp: tmp.write_text(json.dumps({k: run[k] for k in ("key", "step", "best_epoch")}))
     (out/"checkpoint.safetensors").unlink(missing_ok=True)
 
