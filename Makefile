@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := python -m nsnet.chain
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini test sync clean
+.PHONY: study study-full mini test sync readme clean
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
@@ -30,9 +30,14 @@ test: $(READY)
 sync: $(READY)
 	python scripts/sync.py
 
+# Write README.md anew from nbs/index.ipynb
+readme: $(READY)
+	python scripts/readme.py
+
 $(READY): pyproject.toml settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	python -m pip install --constraint constraints.txt --editable '.[dev]'
+	python -m ipykernel install --sys-prefix
 	touch $(READY)
 
 clean:

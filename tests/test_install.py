@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_package_stands_alone(installed, away):
     assert Path(where).is_relative_to(installed.parents[1])
     found = run(installed, "-c", "from nsnet.chain import find_study; from nsnet.mini import asset; print(find_study('table1'), asset('clip'), asset('blip'))", cwd=away)
     assert all(Path(path).is_relative_to(Path(where).parent) for path in found.split())
+
+
+def test_import_is_cheap(installed, away):
+    heavy = "torch", "transformers", "kaggle", "papermill", "matplotlib"
+    assert run(installed, "-c", f"import sys, nsnet; print([m for m in {heavy} if m in sys.modules], nsnet.__version__)", cwd=away).split()[0] == "[]"
+
+
+def test_wheel_carries_assets_and_studies(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    committed = run("git", "ls-files", "nsnet/assets", cwd=REPO).split() if (REPO/".git").exists() else []
+    assert names >= {f"nsnet/studies/{p.name}" for p in (REPO/"nbs/studies").glob("*.ipynb")} | set(committed)
+    assert any(name.startswith("nsnet/assets/mini/") for name in names)
 
 
 def test_wheel_is_small(wheel):

@@ -41,6 +41,13 @@ def test_component_opens_as_all_do(notebook):
     assert cells[2].cell_type == "markdown" or "#| export" in cells[2].source
 
 
+def test_no_two_notebooks_export_to_one_module():
+    "nbdev lets the last one win and says nothing."
+    sources = [c.source for n in sorted((REPO/"nbs").rglob("*.ipynb")) for c in nbformat.read(n, 4).cells]
+    homes = [m[1] for s in sources if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))]
+    assert len(homes) == len(set(homes)) and set(homes) == set(NUMBER)
+
+
 @pytest.mark.parametrize("notebook", COMPONENTS, **by_name)
 def test_component_imports_only_what_comes_before_it(notebook):
     module = notebook.stem[3:]
