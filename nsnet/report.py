@@ -267,13 +267,13 @@ def fig_patches(
         fig.supxlabel("framed: the half with the highest entropy (orange, solid) and the half with the lowest (blue, dashed)", fontsize=8)
     return fig
 
-# %% ../nbs/13_report.ipynb #c5046de3
+# %% ../nbs/13_report.ipynb #4eb489a6
 def read_history(
     folder: str | Path, # of a finished run
 ) -> pd.DataFrame: # a row an epoch: contrastive, bce, alignment, val_accuracy; none for a system that is fitted in one go
     "The loss terms and the validation accuracy of a run, epoch by epoch."
     terms = ["contrastive", "bce", "alignment"]
-    if not Path(folder, "history.csv").read_text().strip(): return pd.DataFrame(columns=["epoch", *terms, "val_accuracy"])
+    if not Path(folder, "history.csv").exists(): return pd.DataFrame(columns=["epoch", *terms, "val_accuracy"])
     by_epoch = pd.read_csv(Path(folder, "history.csv")).groupby("epoch")[terms].mean()
     return by_epoch.assign(val_accuracy=pd.read_csv(Path(folder, "validation.csv")).accuracy).reset_index()
 
