@@ -82,7 +82,7 @@ def check_canvas(
     fits = [p for p in range(8, backbone.size//2 + 1) if backbone.size % p == 0]
     raise ValueError(f"{backbone.name} takes a canvas of {backbone.size} pixels with patches of {', '.join(map(str, fits))}; canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/05_clip.ipynb #a7f83c21
+# %% ../nbs/05_clip.ipynb #75dbd964
 class ImageTower(nn.Module):
     "Canvases (B, M, M, 3) uint8 to embeddings (B, d), before the ℓ2 normalisation."
     def __init__(self,
@@ -97,6 +97,7 @@ class ImageTower(nn.Module):
 
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3: raise ValueError(f"canvases are (B, M, M, 3) uint8, these are {tuple(x.shape)} {x.dtype}")
+        if not len(x): return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers take no empty batch
         return self.visual((x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std)
 
 def image_tower(
