@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['view', 'view_key', 'views_of', 'build_net', 'projection_matrix', 'Part', 'inputs', 'prepare', 'learning_rate',
-           'batch_of', 'train_step', 'probabilities', 'trained_state', 'load_trained', 'save_checkpoint',
-           'load_checkpoint', 'fit', 'run_key', 'train']
+           'batch_of', 'reshuffled', 'train_step', 'outputs', 'probabilities', 'trained_state', 'load_trained',
+           'save_checkpoint', 'load_checkpoint', 'fit', 'run_key', 'own_device', 'train']
 
-# %% ../nbs/11_train.ipynb #0a2b0b7b
+# %% ../nbs/11_train.ipynb #1c3e3713
 import hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from .clip import Backbone, FeatureStore, add_lora, check_canvas, image_features, image_tower, load_backbone, text_features
 from .datasets import root_of
-from .images import ImageError, atomic_write, open_image
+from .images import ImageError, atomic_write, open_image, write_rejected
 from .losses import nsnet_loss
 from .metrics import calibrate_threshold, point_metrics
-from .model import NSNet, Probe, radial_spectrum
+from .model import NSNet, NSNetOutput, Probe, radial_spectrum
 from .nullspace import as_released_projection, global_projection
 from .patches import select_patches, select_patches_as_released, whole_image
 from .recipes import Preset, Recipe, preset, recipe_for
@@ -106,13 +106,14 @@ def projection_matrix(
     if recipe.projection != "global": return None
     return global_projection(v, tau=recipe.tau_sv, null_rank=recipe.null_rank or None, energy=recipe.energy or None)
 
-# %% ../nbs/11_train.ipynb #426259ad
+# %% ../nbs/11_train.ipynb #971f59db
 @dataclass
 class Part:
     "Images of one split, ready for the network."
     x: torch.Tensor     # canvases uint8, features, or spectra
     y: torch.Tensor     # (n,) float, 0 real, 1 generated
     v: torch.Tensor     # (n, d) embeddings of the captions
+    patch: int = 0      # side of the patches that x consists of; 0: not of patches
 
 def inputs(
     views: np.ndarray,  # from `views_of`
@@ -127,6 +128,7 @@ def inputs(
     if recipe.kind == "spectrum_probe" or recipe.lora_rank: return torch.from_numpy(views)
     return image_features(backbone, views, [f"{k}-{view_key(recipe, setup)}" for k in keys], cache, progress=progress)
 
+# %% ../nbs/11_train.ipynb #d54fb549
 def prepare(
     index: pd.DataFrame,
     recipe: Recipe,
@@ -140,11 +142,13 @@ def prepare(
     index = index[index.split.isin(["train", "val"])]
     if index.empty or set(index[index.split == "train"].label) != {0, 1}: raise ValueError("training needs images of both labels with split 'train'")
     if recipe.kind == "nsnet" and not index.caption.astype(bool).all(): raise ValueError("training needs captions: run captions.caption(index) first")
+    if recipe.reshuffle and not recipe.lora_rank: raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
     views, rows, rejected = views_of(index, recipe, setup, root, cache, progress)
     x = inputs(views, list(rows.sha256), recipe, setup, backbone, cache, progress)
     v = text_features(backbone, list(rows.caption), cache, progress=progress) if recipe.kind == "nsnet" else torch.zeros(len(rows), 1)
     y = torch.tensor(rows.label.to_numpy(), dtype=torch.float32)
-    return {s: Part(*(t[torch.tensor((rows.split == s).tolist())] for t in (x, y, v))) for s in ("train", "val")}, rejected
+    patch = setup.patch if recipe.lora_rank and recipe.patches != "whole" else 0
+    return {s: Part(*(t[torch.tensor((rows.split == s).tolist())] for t in (x, y, v)), patch) for s in ("train", "val")}, rejected
 
 # %% ../nbs/11_train.ipynb #840a5f7e
 def learning_rate(
@@ -169,7 +173,19 @@ def batch_of(
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*1_000_003 + epoch))
     return order[i*size:(i + 1)*size]
 
-# %% ../nbs/11_train.ipynb #5fc43f0d
+# %% ../nbs/11_train.ipynb #b0f17bb8
+def reshuffled(
+    canvases: torch.Tensor,  # (B, M, M, 3)
+    patch: int,              # side of a patch, pixels
+) -> torch.Tensor:           # (B, M, M, 3)
+    "The same patches in a random order, another for every canvas, from torch's generator."
+    m = canvases.shape[1]//patch
+    x = canvases.unflatten(2, (m, patch)).unflatten(1, (m, patch)).transpose(2, 3).flatten(1, 2)      # (B, places, n, n, 3)
+    order = torch.rand(len(x), m*m).argsort(1)
+    x = x[torch.arange(len(x))[:, None], order]
+    return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+# %% ../nbs/11_train.ipynb #85380a83
 def train_step(net, optimizer, part, chosen, recipe, accelerator):
     "One optimiser step on the chosen images; returns the loss terms as floats."
     terms = np.zeros(4)
@@ -178,35 +194,47 @@ def train_step(net, optimizer, part, chosen, recipe, accelerator):
         share = len(rows)/len(chosen)
         mine = rows[accelerator.process_index::accelerator.num_processes]
         x, y, v = (t[mine].to(accelerator.device) for t in (part.x, part.y, part.v))
+        if recipe.reshuffle and part.patch: x = reshuffled(x.cpu(), part.patch).to(x.device)
         with accelerator.autocast(): out = net(x, v)
-        loss = nsnet_loss(out.f.float(), out.logit.float(), y, None if out.m is None else out.m.float(), out.u.float(), recipe.alpha, recipe.beta,
-                          recipe.tau, recipe.contrastive, recipe.reduction, gather=accelerator.num_processes > 1)
+        f, logit, m, _, u = (None if t is None else t.float() for t in out)
+        loss = nsnet_loss(f, logit, y, m, u, recipe.alpha, recipe.beta, recipe.tau, recipe.contrastive, recipe.reduction,
+                          gather=accelerator.num_processes > 1)
         accelerator.backward(share*loss.total)
         terms += share*np.array([t.item() for t in loss])
     if recipe.clip_norm: accelerator.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], recipe.clip_norm)
     optimizer.step()
     return dict(zip(("total", "contrastive", "bce", "alignment"), terms.tolist()))
 
-# %% ../nbs/11_train.ipynb #6f2d9c56
+# %% ../nbs/11_train.ipynb #a8bea08b
+def _filled(x, size):
+    "Batches filled up to `size` rows with the last row."
+    return [torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) for rows in x.split(size)]
+
 @torch.no_grad()
+def outputs(
+    net: torch.nn.Module,   # NSNet or Probe
+    x: torch.Tensor,        # inputs (n, …), n > 0
+    v: torch.Tensor,        # (n, d) embeddings of the captions
+    batch_size: int = 64,
+) -> NSNetOutput:           # of a probe only the logit, and its input as u
+    "What a network says of n images, on the CPU."
+    net.eval()
+    device, out = next(iter(net.state_dict().values())).device, []
+    for a, b in zip(_filled(x, batch_size), _filled(v, batch_size)):
+        a, b = a.to(device), b.to(device)
+        out.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
+    return NSNetOutput(*(None if t[0] is None else torch.cat(t)[:len(x)].float().cpu() for t in zip(*out)))
+
 def probabilities(
     net: torch.nn.Module,   # NSNet or Probe
-    x: torch.Tensor,        # inputs (n, …)
+    x: torch.Tensor,        # inputs (n, …), n > 0
     v: torch.Tensor,        # (n, d) embeddings of the captions
     batch_size: int = 64,
 ) -> np.ndarray:            # (n,) float64 in [0, 1]
-    "The probability of being generated, batch by batch; batches are filled up, so a score does not depend on its batch."
-    net.eval()
-    device, out = next(iter(net.state_dict().values())).device, []
-    for i in range(0, len(x), batch_size):
-        a, b = x[i:i + batch_size], v[i:i + batch_size]
-        n = len(a)
-        a, b = (torch.cat([t, t[-1:].expand(batch_size - n, *t.shape[1:])]).to(device) for t in (a, b))
-        logit = net(a) if isinstance(net, Probe) else net(a, b).logit
-        out.append(logit[:n].double().sigmoid().cpu())
-    return torch.cat(out).numpy() if out else np.zeros(0)
+    "The probability of being generated."
+    return outputs(net, x, v, batch_size).logit.double().sigmoid().numpy()
 
-# %% ../nbs/11_train.ipynb #63ef6a0a
+# %% ../nbs/11_train.ipynb #617939b5
 def trained_state(
     net: torch.nn.Module,
 ) -> dict:               # name -> tensor on the CPU
@@ -215,9 +243,10 @@ def trained_state(
     return {n: t.detach().cpu().clone().contiguous() for n, t in net.state_dict().items() if n in learned}
 
 def load_trained(net, state):
-    "Put a `trained_state` back. Raises ValueError when it belongs to another network."
-    own = trained_state(net)
-    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state.items()}: raise ValueError("these weights belong to another network: another width, rank or projection")
+    "Put a `trained_state` back. Raises ValueError when it belongs to another network, with the first tensor that differs."
+    own, theirs = ({n: tuple(t.shape) for n, t in s.items()} for s in (trained_state(net), state))
+    for n in sorted(own.keys() | theirs.keys()):
+        if own.get(n) != theirs.get(n): raise ValueError(f"these weights belong to another network: {n} is {theirs.get(n, 'missing')}, expected {own.get(n, 'nothing')}")
     net.load_state_dict(state, strict=False)
 
 def _moments(net, optimizer):
@@ -292,7 +321,7 @@ def fit(
     load_trained(net, best)
     return run
 
-# %% ../nbs/11_train.ipynb #cb2164e0
+# %% ../nbs/11_train.ipynb #82641351
 def run_key(recipe, setup, index, backbone, seed):
     "Sixteen digits that stand for everything a result depends on."
     used = index[index.split.isin(["train", "val"])]
@@ -300,22 +329,54 @@ def run_key(recipe, setup, index, backbone, seed):
     what = json.dumps([asdict(recipe), setup.patch, setup.canvas, setup.seed, backbone.fingerprint(), seed], sort_keys=True)
     return hashlib.sha256("\n".join([what, *rows]).encode()).hexdigest()[:16]
 
+def _processes(backbone):
+    "accelerate's view of the processes that train together; usually this one alone."
+    from accelerate import PartialState
+    return PartialState(cpu=backbone.device == "cpu")
+
 def _finished(out, key, backbone):
     "The detector of a finished run, or None. Raises ValueError when `out` holds another run's."
     from nsnet.detect import Detector
-    if not out or not (out/"run.json").exists(): return None
-    if json.loads((out/"run.json").read_text())["key"] != key: raise ValueError(f"{out} holds another run (other recipe, images or backbone): give another out, or delete it")
+    found = json.loads((out/"run.json").read_text())["key"] if out and (out/"run.json").exists() else None
+    _processes(backbone).wait_for_everyone()               # all have looked before one writes
+    if found is None: return None
+    if found != key: raise ValueError(f"{out} holds another run (other recipe, images or backbone): give another out, or delete it")
     return Detector.from_pretrained(out, backbone=backbone)
 
+# %% ../nbs/11_train.ipynb #dcdd4cbe
+def own_device() -> str:
+    "The GPU of this process, or the CPU where there is none."
+    from accelerate import PartialState
+    return str(PartialState(cpu=not torch.cuda.is_available()).device)
+
 def _write_run(out, run):
-    "The history as tables, and last of all run.json, which marks the run as finished."
+    "The history as tables, what was left out, and last of all run.json, which marks the run as finished."
     for name in ("history", "validation"):                 # a probe has neither
         if run[name]:
             with atomic_write(out/f"{name}.csv") as tmp: pd.DataFrame(run[name]).to_csv(tmp, index=False, lineterminator="\n")
+    if run["rejected"]: write_rejected(run["rejected"], out/"rejected.csv")
     with atomic_write(out/"run.json") as tmp: tmp.write_text(json.dumps({k: run[k] for k in ("key", "step", "best_epoch")}))
     (out/"checkpoint.safetensors").unlink(missing_ok=True)
 
-# %% ../nbs/11_train.ipynb #9aac5585
+def _keep(out, detector, run):
+    "Write a finished run, by the first process alone."
+    together = _processes(detector.backbone)
+    if together.is_main_process: detector.save_pretrained(out); _write_run(out, run)
+    together.wait_for_everyone()
+
+# %% ../nbs/11_train.ipynb #d2117a81
+def _learn(recipe, parts, backbone, seed, checkpoint, key, every, progress):
+    "A trained network and the record of its run."
+    torch.manual_seed(seed)
+    net = build_net(recipe, backbone, projection_matrix(recipe, parts["train"].v), parts["train"].x.shape[-1] if recipe.kind != "nsnet" else None)
+    if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, checkpoint, key, every, progress)
+    return net.fit(parts["train"].x, parts["train"].y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
+
+def _threshold(net, val):
+    "The threshold of best accuracy on the validation images; 0.5 without images of both labels."
+    return calibrate_threshold(val.y.numpy(), probabilities(net, val.x, val.v)) if len(set(val.y.tolist())) == 2 else .5
+
+# %% ../nbs/11_train.ipynb #69f1c59d
 def train(
     recipe: Recipe,
     index: pd.DataFrame,           # with split (train, val) and captions
@@ -330,18 +391,13 @@ def train(
 ) -> "Detector":
     "Train a system, or resume it, or return it if it is finished. Raises ValueError for data that cannot be trained on."
     from nsnet.detect import Detector, Setup
-    backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    backbone = load_backbone(backbone, own_device()) if isinstance(backbone, str) else backbone
     check_canvas(backbone, preset.canvas, preset.patch)
     setup, out = Setup.of(preset, seed=seed), out and Path(out)
     key = run_key(recipe, setup, index, backbone, seed)
     if (done := _finished(out, key, backbone)): return done
     parts, rejected = prepare(index, recipe, setup, backbone, root, cache, progress)
-    torch.manual_seed(seed)
-    net = build_net(recipe, backbone, projection_matrix(recipe, parts["train"].v), parts["train"].x.shape[-1] if recipe.kind != "nsnet" else None)
-    if recipe.kind == "nsnet": run = fit(net, parts, recipe, seed, out and out/"checkpoint.safetensors", key, every, progress)
-    else: net.fit(parts["train"].x, parts["train"].y, seed=seed); run = dict(key=key, step=0, history=[], validation=[], best_epoch=0)
-    val = parts["val"]
-    threshold = calibrate_threshold(val.y.numpy(), probabilities(net, val.x, val.v)) if len(set(val.y.tolist())) == 2 else .5
-    detector = Detector(recipe, setup, backbone, net, threshold)
-    if out: detector.save_pretrained(out); _write_run(out, run)
+    net, run = _learn(recipe, parts, backbone, seed, out and out/"checkpoint.safetensors", key, every, progress)
+    detector = Detector(recipe, setup, backbone, net, _threshold(net, parts["val"]))
+    if out: _keep(out, detector, run | dict(rejected=rejected))
     return detector
