@@ -67,6 +67,7 @@ def test_both_processes_return_what_is_saved(outs, system):
     for rank in range(2): assert (two/f"{system}-{rank}/model.safetensors").read_bytes() == weights
     assert json.loads((two/system/"run.json").read_text())["key"] == json.loads((one/system/"run.json").read_text())["key"]
     assert not list((two/system).glob("*checkpoint*"))
+    assert pd.read_csv(two/system/"rejected.csv").path.tolist() == ["fake/17.png"]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
