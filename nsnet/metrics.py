@@ -105,6 +105,7 @@ def evaluate(
     draws = bootstrap(y, score, [threshold], n_boot, seed)
     return _with_intervals(point_metrics(y, score[0], threshold), draws) | _counts(y)
 
+# %% ../nbs/09_metrics.ipynb #fd1149a3
 def bootstrap(
     y: np.ndarray, # (n,) labels
     scores: np.ndarray, # (S, n) probabilities of being generated, one row a seed

@@ -236,6 +236,7 @@ class _TimeRes(nn.Module):
         scale, shift = self.embed(e)[..., None, None].chunk(2, 1)
         return x + self.b(F.silu(self.a(F.silu(self.norm(x)))*(1 + scale) + shift))
 
+# %% ../nbs/02_mini.ipynb #95e4742b
 class Denoiser(nn.Module):
     "Predicts v on latents (B, latent, 32, 32) at time t (B,) for the contents (B, 4) as word indices."
     def __init__(self,
