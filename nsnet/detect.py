@@ -339,7 +339,8 @@ class Detector(Keeper):
         if captions is not None: rows["caption"] = list(captions)
         if "caption" not in rows: rows["caption"] = ""
         if "sha256" not in rows: store = None
-        known = {r["key"]: r["score"] for r in read_records(store) if r.get("detector") == self.fingerprint()} if store else {}
+        mark = self.fingerprint() if store else None
+        known = {r["key"]: r["score"] for r in read_records(store) if r.get("detector") == mark} if store else {}
         for start in tqdm(range(0, len(rows), batch_size), desc="scoring", disable=not progress):
             part, bad = self._score(rows[start:start + batch_size], store, known, batch_size)
             parts.append(part)
