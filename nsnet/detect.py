@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Setup', 'Network', 'Scorer', 'Saved', 'Shared', 'Reader', 'covered', 'fig_explain', 'Explainer', 'Keeper', 'Detector']
 
-# %% ../nbs/12_detect.ipynb #05c671e2
+# %% ../nbs/12_detect.ipynb #bdd8a01d
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .captions import Captioner, load_captioner
-from .clip import Backbone, image_features, load_backbone, text_features
-from .datasets import append_records, list_images, read_records, root_of
+from .clip import Backbone, image_features, load_backbone, rows_at_a_time, text_features
+from .datasets import append_records, files_of, in_workers, list_images, part_of, read_records, root_of
 from .images import ImageError, atomic_write, open_image
 from .model import NSNet, NSNetOutput
 from .patches import as_pixels, chosen_patches, cut_patches, spectral_entropy
@@ -75,13 +76,13 @@ class Network:
         if captions is None or len(captions) != n: raise ValueError(f"{self.recipe.name} needs a caption for each of the {n} images")
         return text_features(self.backbone, list(captions), cache=cache, progress=False)
 
-# %% ../nbs/12_detect.ipynb #217f220b
+# %% ../nbs/12_detect.ipynb #c678aa86
 class Scorer(Network):
     "Adds what the network says of views and captions."
     def outputs_of(self,
         views: np.ndarray, # canvases (N, M, M, 3) uint8, or spectra (N, k)
         captions: list[str] | None = None, # one each, for systems that need them
-        batch_size: int = 64, # views at a time
+        batch_size: int | None = None, # views at a time; None: see `clip.rows_at_a_time`
         cache=None, # folder of features computed before
     ) -> NSNetOutput: # of a probe only the logit
         "The network's outputs for N views, in order, on the CPU."
@@ -90,7 +91,7 @@ class Scorer(Network):
     def scores_of(self,
         views: np.ndarray, # canvases (N, M, M, 3) uint8, or spectra (N, k)
         captions: list[str] | None = None, # one each, for systems that need them
-        batch_size: int = 64, # views at a time
+        batch_size: int | None = None, # views at a time; None: see `clip.rows_at_a_time`
         cache=None, # folder of features computed before
     ) -> np.ndarray: # (N,) float64
         "Probabilities of being generated."
@@ -184,38 +185,44 @@ def _opened(source) -> Image.Image:
     "A picture from a path, an array or a picture."
     return open_image(source) if isinstance(source, (str, Path)) else Image.fromarray(as_pixels(source))
 
-# %% ../nbs/12_detect.ipynb #c3a23bb9
-def _small(image: Image.Image, side: int = 512) -> Image.Image:
+# %% ../nbs/12_detect.ipynb #2ba3cca8
+def _small(image: Image.Image, side: int = 512) -> np.ndarray:
     "A copy no larger than the captioner needs."
     image = image.copy()
     image.thumbnail((side, side))
-    return image
+    return np.asarray(image)
 
 def _refuse_mostly_rejected(rejected: list, n: int) -> None:
     "Raise ValueError when more than half of the images cannot be used."
     if len(rejected) * 2 > n: raise ValueError(f"{len(rejected)} of {n} images cannot be used; {rejected[0][0]}: {rejected[0][1]}")
 
-# %% ../nbs/12_detect.ipynb #6bb406db
+# %% ../nbs/12_detect.ipynb #a715187c
+def _seen(rows: pd.DataFrame, recipe: Recipe, setup: Setup, to_caption: bool) -> tuple[list[int], list[np.ndarray], list, list]:
+    "Numbers of the usable rows, their views, small pictures of those to caption, and (path, reason) of the others."
+    kept, views, small, rejected = [], [], [], []
+    for i, (path, source, caption) in enumerate(zip(rows.path, rows.source, rows.caption)):
+        try: image = _opened(source); views.append(view(image, recipe, setup))
+        except ImageError as error: rejected.append((path, error.reason))
+        except ValueError as error: rejected.append((path, str(error)))
+        else: kept.append(i); small.append(_small(image) if to_caption and not caption else None)
+    return kept, views, small, rejected
+
+# %% ../nbs/12_detect.ipynb #7351b357
 class Reader(Shared):
     "Adds the way from pictures to views and captions."
     _captioner: Captioner | None = None
 
-    def _read(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray, list]:
-        "The usable rows with their captions, their views, and (path, reason) of the others."
-        views, small, kept, rejected = [], [], [], []
-        for i, source in enumerate(rows.source):
-            try: image = _opened(source); views.append(view(image, self.recipe, self.setup))
-            except ImageError as error: rejected.append((rows.path.iloc[i], error.reason))
-            except ValueError as error: rejected.append((rows.path.iloc[i], str(error)))
-            else: kept.append(i); small.append(_small(image))
-        rows = rows.iloc[kept].reset_index(drop=True)
-        return self._captioned(rows, small), np.stack(views) if views else np.empty(0), rejected
+    def _read(self, batches: list[pd.DataFrame]) -> Iterator[tuple[pd.DataFrame, np.ndarray, list]]:
+        "For every batch the usable rows with their captions, their views, and (path, reason) of the others."
+        look = partial(_seen, recipe=self.recipe, setup=self.setup, to_caption=self.needs_captions)
+        for rows, (kept, views, small, rejected) in zip(batches, in_workers(look, batches)):
+            yield self._captioned(rows.iloc[kept].reset_index(drop=True), small), np.stack(views) if views else np.empty(0), rejected
 
-    def _captioned(self, rows: pd.DataFrame, images: list[Image.Image]) -> pd.DataFrame:
+    def _captioned(self, rows: pd.DataFrame, images: list) -> pd.DataFrame:
         "Rows with the captions that are missing, if the system looks at captions."
-        todo = [i for i, c in enumerate(rows.caption) if not c] if self.needs_captions else []
+        todo = [i for i, image in enumerate(images) if image is not None]
         if todo and self._captioner is None: self._captioner = load_captioner(self.setup.captioner, self.backbone.device)
-        said = dict(zip(todo, self._captioner.generate([images[i] for i in todo]))) if todo else {}
+        said = dict(zip(todo, self._captioner.generate([Image.fromarray(images[i]) for i in todo]))) if todo else {}
         return rows.assign(caption=[said.get(i, c) for i, c in enumerate(rows.caption)])
 
 # %% ../nbs/12_detect.ipynb #d9bcd3a2
@@ -256,7 +263,7 @@ def _headline(out: NSNetOutput, caption: str) -> str:
     removed = "" if out.u_tilde is None else f", {(out.u[0] - out.u_tilde[0]).norm()/out.u[0].norm():.0%} of the embedding removed"
     return f"score {out.logit[0].double().sigmoid():.3f}{removed}" + f"\n“{caption}”"*bool(caption)
 
-# %% ../nbs/12_detect.ipynb #1c918f7d
+# %% ../nbs/12_detect.ipynb #9f79e055
 def fig_explain(
     detector: "Detector", # of a system that looks at canvases
     image, # a picture or a path
@@ -265,7 +272,7 @@ def fig_explain(
     "The image, its canvas, and what each place adds to the logit. ValueError for a system without canvas."
     from matplotlib import pyplot as plt
     if detector.recipe.kind == "spectrum_probe": raise ValueError("spectrum_probe looks at no canvas; there are no places to explain")
-    rows, views, rejected = detector._read(_listed(image, None).assign(caption=caption or ""))
+    rows, views, rejected = next(detector._read([_listed(image, None).assign(caption=caption or "")]))
     if rejected: raise ImageError(*rejected[0])
     said, m = rows.caption[0], detector.setup.canvas//detector.setup.patch
     out = detector.outputs_of(covered(views[0], detector.setup.patch), [said]*(1 + m*m))
@@ -278,7 +285,7 @@ def fig_explain(
     plt.close(fig)
     return fig
 
-# %% ../nbs/12_detect.ipynb #399dfa70
+# %% ../nbs/12_detect.ipynb #e58c4e61
 class Explainer(Reader):
     "Adds what can be looked at."
     def embeddings(self,
@@ -289,7 +296,7 @@ class Explainer(Reader):
         if not isinstance(self.net, NSNet): raise ValueError(f"{self.recipe.name} has no projection")
         rows = _listed(images, root)
         if "caption" not in rows: rows["caption"] = ""
-        rows, views, rejected = self._read(rows)
+        rows, views, rejected = next(self._read([rows]))
         _refuse_mostly_rejected(rejected, len(rejected) + len(rows))
         out = self.outputs_of(views, list(rows.caption))
         return out.u.numpy(), out.u_tilde.numpy(), out.f.numpy()
@@ -301,7 +308,7 @@ class Explainer(Reader):
         "The chosen patches, the canvas, and what each place of the canvas adds to the score."
         return fig_explain(self, image, caption)
 
-# %% ../nbs/12_detect.ipynb #5688f790
+# %% ../nbs/12_detect.ipynb #13dea763
 class Keeper(Explainer):
     "Adds scores that are kept by content."
     def fingerprint(self) -> str:
@@ -314,40 +321,64 @@ class Keeper(Explainer):
         "What a score is kept under: the image's content and, where it counts, the caption."
         return [f"{sha} {caption}".strip() for sha, caption in zip(rows.sha256, rows.caption if self.needs_captions else [""]*len(rows))]
 
-    def _score(self, rows: pd.DataFrame, store, known: dict[str, float], batch_size: int) -> tuple[pd.DataFrame, list]:
-        "One batch with its scores, from the store if all are there; and what cannot be used."
-        if store and all(k in known for k in self._keys(rows)): return rows.assign(score=[known[k] for k in self._keys(rows)]), []
-        rows, views, rejected = self._read(rows)
-        if not len(rows): return rows, rejected
-        rows = rows.assign(score=self.scores_of(views, list(rows.caption), batch_size))
-        if store: append_records(store, [dict(detector=self.fingerprint(), key=k, score=s) for k, s in zip(self._keys(rows), rows.score)])
-        return rows, rejected
+    def _known(self, store) -> dict[str, float]:
+        "The scores in a store that are this detector's."
+        mark = self.fingerprint() if store else None
+        return {r["key"]: r["score"] for file in files_of(store) for r in read_records(file) if r.get("detector") == mark}
 
-# %% ../nbs/12_detect.ipynb #8d816ba7
+    def _rows(self, images, captions, root) -> pd.DataFrame:
+        "What is to be scored, with a column caption."
+        rows = _listed(images, root)
+        if captions is not None: rows["caption"] = list(captions)
+        return rows if "caption" in rows else rows.assign(caption="")
+
+    def _batches(self, rows: pd.DataFrame, batch_size: int | None) -> list[pd.DataFrame]:
+        size = batch_size or rows_at_a_time(self.backbone.model)
+        return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+    def _scored(self, batches: list, known: dict, store, batch_size, progress: bool) -> Iterator[tuple[pd.DataFrame, list]]:
+        "Batches with their scores, from `known` where all are there, else computed and kept; and what cannot be used."
+        done = [bool(known) and all(k in known for k in self._keys(rows)) for rows in batches]
+        fresh, mark = self._read([rows for rows, there in zip(batches, done) if not there]), self.fingerprint() if store else None
+        for rows, there in tqdm(list(zip(batches, done)), desc="scoring", disable=not progress):
+            if there: yield rows.assign(score=[known[k] for k in self._keys(rows)]), []; continue
+            rows, views, rejected = next(fresh)
+            if len(rows): rows = rows.assign(score=self.scores_of(views, list(rows.caption), batch_size))
+            if store and len(rows): append_records(store, [dict(detector=mark, key=k, score=s) for k, s in zip(self._keys(rows), rows.score)])
+            yield rows, rejected
+
+# %% ../nbs/12_detect.ipynb #2e04e367
 class Detector(Keeper):
     "Tells generated images from photographs."
     def score(self,
         images, # one or many: PIL images, arrays (H, W, 3) uint8, paths; or a folder, or an index
         captions: list[str] | None = None, # one each; None: those of the index, or what the captioner says
         root: str | Path | None = None, # folder that an index's paths start from
-        batch_size: int = 64, # images at a time
+        batch_size: int | None = None, # images at a time; None: see `clip.rows_at_a_time`
         progress: bool = False, # show a bar
         store: str | Path | None = None, # JSON-lines file of scores, for an index
     ) -> pd.DataFrame: # path, score, generated (by the threshold), caption, and label where known
         "Score images; what cannot be used is in `attrs['rejected']` as (path, reason). ValueError when most cannot."
-        rows, parts, rejected = _listed(images, root), [], []
-        if captions is not None: rows["caption"] = list(captions)
-        if "caption" not in rows: rows["caption"] = ""
+        rows = self._rows(images, captions, root)
         if "sha256" not in rows: store = None
-        mark = self.fingerprint() if store else None
-        known = {r["key"]: r["score"] for r in read_records(store) if r.get("detector") == mark} if store else {}
-        for start in tqdm(range(0, len(rows), batch_size), desc="scoring", disable=not progress):
-            part, bad = self._score(rows[start:start + batch_size], store, known, batch_size)
-            parts.append(part)
-            rejected += bad
+        parts = list(self._scored(self._batches(rows, batch_size), self._known(store), store, batch_size, progress))
+        rejected = [reason for _, bad in parts for reason in bad]
         _refuse_mostly_rejected(rejected, len(rows))
-        found = pd.concat([p for p in parts if len(p)], ignore_index=True)
+        found = pd.concat([part for part, _ in parts if len(part)], ignore_index=True)
         found["generated"] = found.score >= self.threshold
         found = found[[c for c in ("path", "score", "generated", "caption", "label") if c in found]]
         found.attrs["rejected"] = rejected
         return found
+
+    def score_part(self,
+        index: pd.DataFrame, # an index, captioned where the system looks at captions
+        store: str | Path, # JSON-lines file; this process writes `<name>.part<rank>` beside it
+        rank: int, # this process
+        ranks: int, # how many there are
+        root: str | Path | None = None, # folder the paths start from
+        batch_size: int | None = None, # images at a time; None: see `clip.rows_at_a_time`
+        progress: bool = False, # show a bar
+    ) -> None:
+        "Score one process's share of an index; call `score` with the same store when all are done."
+        batches = self._batches(self._rows(index, None, root), batch_size)[rank::ranks]
+        for _ in self._scored(batches, self._known(store), part_of(store, rank), batch_size, progress): pass

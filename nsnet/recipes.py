@@ -91,12 +91,12 @@ def differences(
     table = pd.DataFrame({r.name: asdict(r) for r in recipes}).drop(index="name")
     return table[table.astype(str).nunique(axis=1) > 1]
 
-# %% ../nbs/10_recipes.ipynb #ef85b092
+# %% ../nbs/10_recipes.ipynb #08a500d8
 @dataclass(frozen=True)
 class Preset:
     "Which images, which models, how many, how long."
     name: str
-    data: str                            # mini, folder or dalle
+    data: str                            # mini, folder, dalle or any, see datasets.study_index
     backbone: str                        # see clip.load_backbone
     captioner: str                       # see captions.load_captioner
     patch: int                           # side of a patch, pixels
@@ -114,7 +114,7 @@ PRESETS = {p.name: p for p in (
     Preset("smoke", "mini", "mini", "mini", 16, 64, 40, 12, "deconv", training=_MINI + (("epochs", 1), ("batch_size", 16))),
     Preset("mini", "mini", "mini", "mini", 16, 64, 600, 250, "deconv", training=_MINI),
     Preset("folder", "folder", "mini", "mini", 16, 64, 0, 0, training=_MINI),
-    Preset("dalle", "dalle", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100),
+    Preset("dalle", "dalle", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
 )}
 
 # %% ../nbs/10_recipes.ipynb #1a1ce82a

@@ -7,7 +7,7 @@ __all__ = ['view', 'view_key', 'views_of', 'build_net', 'projection_matrix', 'Pa
            'batch_of', 'reshuffled', 'train_step', 'outputs', 'probabilities', 'trained_state', 'load_trained',
            'save_checkpoint', 'load_checkpoint', 'fit', 'run_key', 'own_device', 'train']
 
-# %% ../nbs/11_train.ipynb #1c3e3713
+# %% ../nbs/11_train.ipynb #5a1f3ec9
 import hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .clip import Backbone, FeatureStore, add_lora, check_canvas, image_features, image_tower, load_backbone, text_features
-from .datasets import root_of
+from .clip import Backbone, FeatureStore, add_lora, check_canvas, half, has_bf16, image_features, image_tower, load_backbone, rows_at_a_time, text_features
+from .datasets import in_workers, root_of
 from .images import ImageError, atomic_write, open_image, write_rejected
 from .losses import nsnet_loss
 from .metrics import calibrate_threshold, point_metrics
@@ -50,7 +50,7 @@ def view_key(
     if recipe.patches == "whole": return f"whole-{setup.canvas}"
     return f"{recipe.patches}-{setup.patch}-{setup.canvas}-{setup.seed}"
 
-# %% ../nbs/11_train.ipynb #66ddc963
+# %% ../nbs/11_train.ipynb #eb9fd3a9
 def _views_of_batch(rows, root, recipe, setup):
     "Views by content hash, and what was refused."
     made, rejected = {}, []
@@ -70,14 +70,15 @@ def views_of(
 ) -> tuple:                  # views (n, …), the rows they belong to, [(path, reason)] of the rest
     "The views of all images of an index, made once. Raises ValueError when more than half are refused."
     store = FeatureStore(cache and Path(cache)/f"view-{view_key(recipe, setup)}")
-    missing, rejected, root = index[~index.sha256.isin(store.rows.keys())].drop_duplicates("sha256"), [], root_of(index, root)
-    for i in tqdm(range(0, len(missing), 256), desc="views", disable=not progress or not len(missing)):
-        made, refused = _views_of_batch(missing.iloc[i:i + 256], root, recipe, setup)
+    missing, rejected, root = index[~index.sha256.isin(store.where.keys())].drop_duplicates("sha256"), [], root_of(index, root)
+    batches = [missing.iloc[i:i + 32] for i in range(0, len(missing), 32)]
+    made = in_workers(lambda rows: _views_of_batch(rows, root, recipe, setup), batches)
+    for views, refused in tqdm(made, desc="views", total=len(batches), disable=not progress or not batches):
         rejected += refused
-        if made: store.add(list(made), torch.stack(list(made.values())))
-    kept = index[index.sha256.isin(store.rows.keys())]
+        if views: store.add(list(views), torch.stack(list(views.values())))
+    kept = index[index.sha256.isin(store.where.keys())]
     if len(kept) < len(index)/2: raise ValueError(f"{len(index) - len(kept)} of {len(index)} images cannot be used, e.g. {rejected[0][0]}: {rejected[0][1]}")
-    return torch.stack([store.rows[k] for k in kept.sha256]).numpy(), kept, rejected
+    return store.take(list(kept.sha256)).numpy(), kept, rejected
 
 # %% ../nbs/11_train.ipynb #39b8dd50
 def build_net(
@@ -205,7 +206,7 @@ def train_step(net, optimizer, part, chosen, recipe, accelerator):
     optimizer.step()
     return dict(zip(("total", "contrastive", "bce", "alignment"), terms.tolist()))
 
-# %% ../nbs/11_train.ipynb #a8bea08b
+# %% ../nbs/11_train.ipynb #dae70358
 def _filled(x, size):
     "Batches filled up to `size` rows with the last row."
     return [torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) for rows in x.split(size)]
@@ -215,21 +216,21 @@ def outputs(
     net: torch.nn.Module,   # NSNet or Probe
     x: torch.Tensor,        # inputs (n, …), n > 0
     v: torch.Tensor,        # (n, d) embeddings of the captions
-    batch_size: int = 64,
+    batch_size: int = None, # rows at a time; None: see `clip.rows_at_a_time`
 ) -> NSNetOutput:           # of a probe only the logit, and its input as u
     "What a network says of n images, on the CPU."
     net.eval()
-    device, out = next(iter(net.state_dict().values())).device, []
-    for a, b in zip(_filled(x, batch_size), _filled(v, batch_size)):
+    device, size, out = next(iter(net.state_dict().values())).device, batch_size or rows_at_a_time(net), []
+    for a, b in zip(_filled(x, size), _filled(v, size)):
         a, b = a.to(device), b.to(device)
-        out.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
+        with half(device): out.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
     return NSNetOutput(*(None if t[0] is None else torch.cat(t)[:len(x)].float().cpu() for t in zip(*out)))
 
 def probabilities(
     net: torch.nn.Module,   # NSNet or Probe
     x: torch.Tensor,        # inputs (n, …), n > 0
     v: torch.Tensor,        # (n, d) embeddings of the captions
-    batch_size: int = 64,
+    batch_size: int = None, # rows at a time; None: see `clip.rows_at_a_time`
 ) -> np.ndarray:            # (n,) float64 in [0, 1]
     "The probability of being generated."
     return outputs(net, x, v, batch_size).logit.double().sigmoid().numpy()
@@ -291,7 +292,7 @@ def _validate(net, part, run, best, recipe):
         return trained_state(net)
     return best
 
-# %% ../nbs/11_train.ipynb #86d2adba
+# %% ../nbs/11_train.ipynb #25601e68
 def fit(
     net: torch.nn.Module,   # NSNet
     parts: dict,            # "train" and "val": Part
@@ -305,7 +306,7 @@ def fit(
     "Train in place and leave the network with the weights of the best epoch."
     from accelerate import Accelerator
     device = next(net.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no")
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if has_bf16(device) else "no")
     optimizer, n = _optimizer(net, recipe), len(parts["train"].y)
     a_epoch = -(-n//recipe.batch_size)
     run, best = dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}

@@ -2,6 +2,7 @@
 import base64
 import io
 import os
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,6 +79,22 @@ def kaggle(monkeypatch, tmp_path):
 
 
 def get(tmp_path): return datasets.download_dalle(tmp_path/"data"/"dalle", progress=False, mounts=())
+
+
+def test_colab_secrets(kaggle, monkeypatch, tmp_path, capfd):
+    "Copied into the environment when somebody sits in front of the notebook; otherwise Colab is not asked, as it would never answer."
+    import types
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"): monkeypatch.delenv(name)
+    secrets, asked = dict(KAGGLE_USERNAME=NAME, KAGGLE_KEY=KEY), []
+    userdata = types.SimpleNamespace(get=lambda name: (asked.append(name), secrets[name])[1])
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(userdata=userdata))
+    with pytest.raises(ValueError, match="no valid Kaggle credentials"): get(tmp_path)
+    assert asked == []
+    monkeypatch.setattr(datasets, "_somebody_there", lambda: True)
+    monkeypatch.setenv("KAGGLE_USERNAME", "x"); monkeypatch.delenv("KAGGLE_USERNAME")     # both are taken away again afterwards
+    monkeypatch.setenv("KAGGLE_KEY", "x"); monkeypatch.delenv("KAGGLE_KEY")
+    with pytest.warns(UserWarning, match="format"): datasets.index_dalle(get(tmp_path), progress=False)
+    assert "KAGGLE_USERNAME" in asked and KEY not in "".join(capfd.readouterr())
 
 
 def test_download_and_index(kaggle, tmp_path):
