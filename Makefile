@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := python -m nsnet.chain
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini test sync readme clean
+.PHONY: study study-full mini rehearsal speed test sync readme clean
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
@@ -17,6 +17,14 @@ study-full: $(READY)
 # Make the mini world itself from nothing (hours): nsnet/assets/mini/ and reports/make_mini/
 mini: $(READY)
 	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini
+
+# The dalle preset with ViT-L/14 and BLIP-base in full size, random weights and no network: reports/rehearsal/
+rehearsal: $(READY)
+	$(STUDY) rehearsal scale=real per_class=24 n_train=20 systems= out=reports/rehearsal
+
+# Images a second and memory, on the graphics card where there is one: reports/speed/
+speed: $(READY)
+	$(STUDY) speed scale=real out=reports/speed
 
 # Generated files in step with the notebooks, every notebook, then the system tests
 test: export OMP_NUM_THREADS = 1

@@ -1,9 +1,11 @@
 "Write the modules and README.md anew from the notebooks; with --check, do it in a copy and fail when anything differs."
 import filecmp
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -11,8 +13,20 @@ COPIED = ("pyproject.toml", "settings.ini", "README.md", "nbs", "nsnet", "script
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
 
 
+def address(root: Path) -> None:
+    "Write the repository's address, which stands in settings.ini alone, into the badges and install cells of all notebooks."
+    settings = ConfigParser()
+    settings.read(root/"settings.ini")
+    owner = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/")
+    for notebook in (root/"nbs").rglob("*.ipynb"):
+        old = notebook.read_text(encoding="utf-8")
+        new = re.sub(r"(github\.com|research\.google\.com/github)/[\w.-]+/nsnet\b", rf"\1/{owner}", old)
+        if new != old: notebook.write_text(new, encoding="utf-8")
+
+
 def generate(root: Path) -> None:
     "Remove every generated module of a checkout, export all notebooks, clean them, render the README."
+    address(root)
     for module in (root/"nsnet").glob("*.py"):
         if module.name != "__init__.py": module.unlink()
     for command in ("nbdev-export", "nbdev-clean"): subprocess.run([command], cwd=root, check=True)

@@ -67,6 +67,8 @@ def test_study_has_typed_and_commented_parameters(notebook):
     "Without the tag, which cleaning can remove, papermill runs the defaults and says nothing."
     parameters = papermill.inspect_notebook(str(notebook))
     assert parameters and "out" in parameters
+    source = next(c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
+    assert set(parameters) == {line.partition(":")[0] for line in source.splitlines()}       # papermill leaves out what it cannot parse
     for name, p in parameters.items():
         assert p["inferred_type_name"] in ("str", "int", "float", "bool"), f"{name} has no type"
         assert p["help"].strip(), f"{name} has no comment"
