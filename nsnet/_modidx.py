@@ -48,7 +48,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'nsnet.clip._fill': ('clip.html#_fill', 'nsnet/clip.py'),
                             'nsnet.clip.add_lora': ('clip.html#add_lora', 'nsnet/clip.py'),
                             'nsnet.clip.check_canvas': ('clip.html#check_canvas', 'nsnet/clip.py'),
-                            'nsnet.clip.half': ('clip.html#half', 'nsnet/clip.py'),
                             'nsnet.clip.has_bf16': ('clip.html#has_bf16', 'nsnet/clip.py'),
                             'nsnet.clip.image_features': ('clip.html#image_features', 'nsnet/clip.py'),
                             'nsnet.clip.image_tower': ('clip.html#image_tower', 'nsnet/clip.py'),

@@ -7,7 +7,7 @@ __all__ = ['view', 'view_key', 'views_of', 'build_net', 'projection_matrix', 'Pa
            'batch_of', 'reshuffled', 'train_step', 'outputs', 'probabilities', 'trained_state', 'load_trained',
            'save_checkpoint', 'load_checkpoint', 'fit', 'run_key', 'own_device', 'train']
 
-# %% ../nbs/11_train.ipynb #5a1f3ec9
+# %% ../nbs/11_train.ipynb #f2b74dac
 import hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .clip import Backbone, FeatureStore, add_lora, check_canvas, half, has_bf16, image_features, image_tower, load_backbone, rows_at_a_time, text_features
+from .clip import Backbone, FeatureStore, add_lora, check_canvas, image_features, image_tower, load_backbone, rows_at_a_time, text_features
 from .datasets import in_workers, root_of
 from .images import ImageError, atomic_write, open_image, write_rejected
 from .losses import nsnet_loss
@@ -186,7 +186,7 @@ def reshuffled(
     x = x[torch.arange(len(x))[:, None], order]
     return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/11_train.ipynb #85380a83
+# %% ../nbs/11_train.ipynb #09b811a5
 def train_step(net, optimizer, part, chosen, recipe, accelerator):
     "One optimiser step on the chosen images; returns the loss terms as floats."
     terms = np.zeros(4)
@@ -196,8 +196,7 @@ def train_step(net, optimizer, part, chosen, recipe, accelerator):
         mine = rows[accelerator.process_index::accelerator.num_processes]
         x, y, v = (t[mine].to(accelerator.device) for t in (part.x, part.y, part.v))
         if recipe.reshuffle and part.patch: x = reshuffled(x.cpu(), part.patch).to(x.device)
-        with accelerator.autocast(): out = net(x, v)
-        f, logit, m, _, u = (None if t is None else t.float() for t in out)
+        f, logit, m, _, u = net(x, v)
         loss = nsnet_loss(f, logit, y, m, u, recipe.alpha, recipe.beta, recipe.tau, recipe.contrastive, recipe.reduction,
                           gather=accelerator.num_processes > 1)
         accelerator.backward(share*loss.total)
@@ -206,7 +205,7 @@ def train_step(net, optimizer, part, chosen, recipe, accelerator):
     optimizer.step()
     return dict(zip(("total", "contrastive", "bce", "alignment"), terms.tolist()))
 
-# %% ../nbs/11_train.ipynb #dae70358
+# %% ../nbs/11_train.ipynb #5cee3cbf
 def _filled(x, size):
     "Batches filled up to `size` rows with the last row."
     return [torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) for rows in x.split(size)]
@@ -223,7 +222,7 @@ def outputs(
     device, size, out = next(iter(net.state_dict().values())).device, batch_size or rows_at_a_time(net), []
     for a, b in zip(_filled(x, size), _filled(v, size)):
         a, b = a.to(device), b.to(device)
-        with half(device): out.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
+        out.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
     return NSNetOutput(*(None if t[0] is None else torch.cat(t)[:len(x)].float().cpu() for t in zip(*out)))
 
 def probabilities(
@@ -292,7 +291,7 @@ def _validate(net, part, run, best, recipe):
         return trained_state(net)
     return best
 
-# %% ../nbs/11_train.ipynb #25601e68
+# %% ../nbs/11_train.ipynb #2a2cb5d6
 def fit(
     net: torch.nn.Module,   # NSNet
     parts: dict,            # "train" and "val": Part
@@ -306,7 +305,7 @@ def fit(
     "Train in place and leave the network with the weights of the best epoch."
     from accelerate import Accelerator
     device = next(net.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if has_bf16(device) else "no")
+    accelerator = Accelerator(cpu=device.type == "cpu")
     optimizer, n = _optimizer(net, recipe), len(parts["train"].y)
     a_epoch = -(-n//recipe.batch_size)
     run, best = dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}

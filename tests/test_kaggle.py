@@ -82,7 +82,7 @@ def get(tmp_path): return datasets.download_dalle(tmp_path/"data"/"dalle", progr
 
 
 def test_colab_secrets(kaggle, monkeypatch, tmp_path, capfd):
-    "Copied into the environment when somebody sits in front of the notebook; otherwise Colab is not asked, as it would never answer."
+    "Copied into the environment when somebody sits in front of the notebook; otherwise Colab is not asked, as it would not answer."
     import types
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"): monkeypatch.delenv(name)
     secrets, asked = dict(KAGGLE_USERNAME=NAME, KAGGLE_KEY=KEY), []
