@@ -168,3 +168,18 @@ def test_real_pictures(tmp_path):
     scores = complete(tmp_path/"out")
     assert scores.groupby(["system", "label"]).size().eq(6).all()
     assert "never seen a real photograph" in (tmp_path/"out/table1.md").read_text()
+
+
+def test_files_encoded_alike(tmp_path):
+    "With a size rule every image is cut and encoded again before anything looks at it; the study says what the files still tell."
+    for i in range(40):
+        file = tmp_path/"images"/("fake" if i % 2 else "real")/f"{i:02d}.{'png' if i % 2 else 'jpg'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i, (120, 100) if i % 2 else (96, 80))).save(file)
+    study(tmp_path, preset="folder", root="images", systems="spectrum_probe", rule="crop", side=64, quality=80)
+    facts = pd.read_csv(tmp_path/"out/formats.csv").set_index("feature")
+    assert facts.auroc[["format", "size", "pixels"]].eq(.5).all() and "JPEG" in facts.generated["format"] and "64 × 64" in facts.real["size"]
+    used = pd.read_csv(tmp_path/"out/scores.csv").path
+    assert all((tmp_path/"data/encoded/crop64-q80"/path).is_file() for path in used)
+    study(tmp_path, "plain", preset="folder", root="images", systems="spectrum_probe")
+    assert "format (1.00)" in (tmp_path/"plain/table1.md").read_text()
