@@ -12,8 +12,9 @@ TAGS = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["
 
 
 def render(notebook: Path) -> str:
-    "Markdown of a notebook without what its directives hide; links start from the top of the repository."
+    "Markdown of a notebook without what its directives hide; links start from the top. SystemExit when it was not executed."
     nb = nbformat.read(notebook, 4)
+    if any(c.cell_type == "code" and not c.outputs for c in nb.cells): sys.exit(f"{notebook.name} has a cell without output: execute it first")
     nb.metadata["language_info"] = {"name": "python"}
     for cell in nb.cells:
         cell.metadata["tags"] = re.findall(r"^#\|\s*(.+?)\s*$", cell.source, re.M)

@@ -39,6 +39,7 @@ def test_component_opens_as_all_do(notebook):
     assert f"#| default_exp {notebook.stem[3:]}" in cells[0].source
     assert re.match(r"# .+\n\n> .+", cells[1].source)
     assert cells[2].cell_type == "markdown" or "#| export" in cells[2].source
+    assert any(c.get("outputs") for c in cells), "committed without having been executed"
 
 
 def test_no_two_notebooks_export_to_one_module():
@@ -46,6 +47,10 @@ def test_no_two_notebooks_export_to_one_module():
     sources = [c.source for n in sorted((REPO/"nbs").rglob("*.ipynb")) for c in nbformat.read(n, 4).cells]
     homes = [m[1] for s in sources if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))]
     assert len(homes) == len(set(homes)) and set(homes) == set(NUMBER)
+
+
+def test_readme_shows_the_committed_table():
+    assert (REPO/"reports/table1-full/summary.md").read_text().strip() in (REPO/"README.md").read_text()
 
 
 @pytest.mark.parametrize("notebook", COMPONENTS, **by_name)
