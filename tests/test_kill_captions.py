@@ -1,7 +1,5 @@
 "Captioning that is killed with SIGKILL goes on where it was and ends with the same captions."
-import multiprocessing
 import os
-import signal
 import time
 
 import numpy as np
@@ -9,12 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from killing import finish, kill, lines, start
 from nsnet.captions import Captioner, caption, load_captioner
 from nsnet.datasets import index_folder, save_index
 
-SERVER = multiprocessing.get_context("forkserver")   # imports once, hands out clean processes
-SERVER.set_forkserver_preload(["nsnet.captions", "torch", "transformers.models.blip.modeling_blip",
-                               "transformers.models.blip.processing_blip", "transformers.generation"])
 BATCH, IMAGES = 4, 40
 
 
@@ -58,40 +54,17 @@ def made(tmp_path_factory):
         file = work/"images"/("real" if i % 2 else "fake")/f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(file)
-    assert finish(start(work, work/"whole")) == 0
+    assert finish(start(run, work, work/"whole")) == 0
     return work
-
-
-def start(work, out):
-    "Begin captioning in a process of its own."
-    out.mkdir(exist_ok=True)
-    process = SERVER.Process(target=run, args=(work, out))
-    process.start()
-    return process
-
-
-def finish(process):
-    "Wait for the end and return the exit code."
-    process.join(300)
-    return process.exitcode
-
-
-def lines(path):
-    "How many lines a file has; none while it is absent."
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.parametrize("batches", [1, 6])
 def test_killed_run_goes_on(made, tmp_path, batches):
-    process = start(made, tmp_path)
-    deadline = time.time() + 300
-    while lines(tmp_path/"captions.jsonl") < batches * BATCH and time.time() < deadline: time.sleep(0.002)
-    process.kill()
-    assert finish(process) == -signal.SIGKILL
+    kill(start(run, made, tmp_path), lambda: lines(tmp_path/"captions.jsonl") >= batches * BATCH)
     kept = lines(tmp_path/"captions.jsonl")
     assert batches * BATCH <= kept < IMAGES and not (tmp_path/"index.csv").exists()
 
-    assert finish(start(made, tmp_path)) == 0
+    assert finish(start(run, made, tmp_path)) == 0
     for name in ("captions.jsonl", "index.csv"):
         assert (tmp_path/name).read_bytes() == (made/"whole"/name).read_bytes()
     assert lines(tmp_path/"log") <= IMAGES // BATCH + 1
@@ -99,5 +72,5 @@ def test_killed_run_goes_on(made, tmp_path, batches):
 
 def test_finished_run_describes_nothing(made):
     described = lines(made/"whole"/"log")
-    assert finish(start(made, made/"whole")) == 0
+    assert finish(start(run, made, made/"whole")) == 0
     assert lines(made/"whole"/"log") == described == IMAGES // BATCH

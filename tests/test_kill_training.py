@@ -1,18 +1,14 @@
 "Training that is killed with SIGKILL goes on after the last finished epoch and ends with the same detector, to the bit."
-import multiprocessing
-import os
-import signal
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from killing import finish, kill, lines, start
 from nsnet.datasets import index_folder, split
 from nsnet.recipes import preset, recipe_for
 
-SERVER = multiprocessing.get_context("forkserver")   # imports once, hands out clean processes
-SERVER.set_forkserver_preload(["nsnet.train", "nsnet.detect", "open_clip", "peft", "accelerate", "sklearn.metrics"])
 PRESET = preset("smoke")
 RECIPE = recipe_for("advanced", PRESET, epochs=4, batch_size=8, dropout=.1)
 RESULT = ("model.safetensors", "config.json", "history.csv", "validation.csv", "run.json", "scores")
@@ -37,25 +33,6 @@ def run(images, out):
     (out/"scores").write_text("\n".join(detector.score(index[index.split == "test"]).score.map(repr)))
 
 
-def start(images, out):
-    "Begin training in a process of its own."
-    out.mkdir(exist_ok=True)
-    process = SERVER.Process(target=run, args=(images, out))
-    process.start()
-    return process
-
-
-def finish(process):
-    "Wait for the end and return the exit code."
-    process.join(300)
-    return process.exitcode
-
-
-def steps(out):
-    "Steps begun so far, in all attempts together."
-    return (out/"steps").read_bytes().count(b"\n") if (out/"steps").exists() else 0
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     "A folder of noise, finer for the generated images."
@@ -71,30 +48,27 @@ def images(tmp_path_factory):
 def whole(images, tmp_path_factory):
     "What an undisturbed run leaves."
     out = tmp_path_factory.mktemp("whole")
-    assert finish(start(images, out)) == 0
-    assert steps(out) % RECIPE.epochs == 0 and steps(out) > RECIPE.epochs
+    assert finish(start(run, images, out)) == 0
+    assert lines(out/"steps") % RECIPE.epochs == 0 and lines(out/"steps") > RECIPE.epochs
     return out
 
 
 @pytest.mark.parametrize("share", [.1, .6, .9], ids=["first epoch", "third epoch", "last epoch"])
 def test_killed_training_goes_on(images, whole, tmp_path, share):
-    total = steps(whole)
-    process, deadline = start(images, tmp_path), time.time() + 300
-    while steps(tmp_path) < share*total and time.time() < deadline: time.sleep(0.002)
-    process.kill()
-    assert finish(process) == -signal.SIGKILL
-    assert not (tmp_path/"run.json").exists() and steps(tmp_path) <= total
+    total = lines(whole/"steps")
+    kill(start(run, images, tmp_path), lambda: lines(tmp_path/"steps") >= share*total)
+    assert not (tmp_path/"run.json").exists() and lines(tmp_path/"steps") <= total
 
-    assert finish(start(images, tmp_path)) == 0
-    assert steps(tmp_path) <= total + total//RECIPE.epochs
+    assert finish(start(run, images, tmp_path)) == 0
+    assert lines(tmp_path/"steps") <= total + total//RECIPE.epochs
     for name in RESULT: assert (tmp_path/name).read_bytes() == (whole/name).read_bytes(), name
     assert not (tmp_path/"checkpoint.safetensors").exists()
 
 
 def test_finished_training_is_only_read(images, whole):
-    before = steps(whole)
-    assert finish(start(images, whole)) == 0
-    assert steps(whole) == before
+    before = lines(whole/"steps")
+    assert finish(start(run, images, whole)) == 0
+    assert lines(whole/"steps") == before
 
 
 def test_half_a_checkpoint_is_no_riddle(images, whole, tmp_path):
