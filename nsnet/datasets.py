@@ -11,12 +11,14 @@ __all__ = ['COLUMNS', 'LABELS', 'LAYOUTS', 'DALLE', 'MOUNTS', 'TOKEN', 'read_rec
            'index_aigcdetect', 'index_chameleon', 'index_community_forensics', 'recognise', 'index_any', 'pairs',
            'study_index']
 
-# %% ../nbs/03_datasets.ipynb #ddba0a5b
+# %% ../nbs/03_datasets.ipynb #e428f4cf
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 import zipfile
@@ -84,7 +86,7 @@ def files_of(
     "A store, and what several processes wrote beside it."
     return [Path(store), *sorted(Path(store).parent.glob(f"{Path(store).stem}.part*{Path(store).suffix}"))] if store else []
 
-# %% ../nbs/03_datasets.ipynb #d5e09008
+# %% ../nbs/03_datasets.ipynb #7efe52d0
 class _Jobs(NamedTuple):
     "What DataLoader asks of a dataset."
     function: Callable
@@ -92,10 +94,11 @@ class _Jobs(NamedTuple):
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.function(self.items[i])
 
-def _one_thread(worker: int) -> None:
-    "A worker has one core."
+def _begin_worker(number: int) -> None:
+    "A worker has one core, and does not outlive the process that started it."
     from threadpoolctl import threadpool_limits
     threadpool_limits(1)
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL) # 1: PR_SET_PDEATHSIG
 
 def in_workers(
     function: Callable, # of one item
@@ -107,7 +110,7 @@ def in_workers(
     if not workers: return map(function, items)
     import torch
     return iter(torch.utils.data.DataLoader(_Jobs(function, items), batch_size=None, num_workers=workers, multiprocessing_context="fork",
-                collate_fn=_same, worker_init_fn=_one_thread, generator=torch.Generator()))
+                collate_fn=_same, worker_init_fn=_begin_worker, generator=torch.Generator()))
 
 def _same(x): return x
 

@@ -3,6 +3,8 @@ import multiprocessing
 import signal
 import time
 
+import psutil
+
 SERVER = multiprocessing.get_context("forkserver")   # imports once, hands out clean processes
 SERVER.set_forkserver_preload(["nsnet.captions", "nsnet.train", "nsnet.detect", "open_clip", "peft", "accelerate", "sklearn.metrics",
                                "transformers.models.blip.modeling_blip", "transformers.models.blip.processing_blip", "transformers.generation"])
@@ -22,12 +24,22 @@ def finish(process):
     return process.exitcode
 
 
+def alive(process):
+    "Whether a process still runs."
+    try: return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
+
+
 def kill(process, ready):
-    "Kill a process as soon as `ready()` says so."
+    "Kill a process as soon as `ready()` says so; what it started ends too."
     deadline = time.time() + 300
     while not ready() and time.time() < deadline: time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     assert finish(process) == -signal.SIGKILL
+    deadline = time.time() + 30
+    while any(map(alive, workers)) and time.time() < deadline: time.sleep(0.1)
+    assert not any(map(alive, workers)), "worker processes stay behind"
 
 
 def lines(path):
