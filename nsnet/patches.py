@@ -6,12 +6,13 @@
 __all__ = ['as_pixels', 'cut_patches', 'spectral_entropy', 'chosen_patches', 'select_patches', 'select_patches_as_released',
            'whole_image']
 
-# %% ../nbs/01_patches.ipynb #d1d715d0
+# %% ../nbs/01_patches.ipynb #817a0efb
 import hashlib
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from scipy.fft import rfft2
 
 # %% ../nbs/01_patches.ipynb #9bfd2ee3
 def as_pixels(
@@ -38,27 +39,6 @@ def cut_patches(
     x = x[:rows*patch, :cols*patch].reshape(rows, patch, cols, patch, 3)
     return x.swapaxes(1, 2).reshape(-1, patch, patch, 3)
 
-# %% ../nbs/01_patches.ipynb #695e2203
-@lru_cache(8)
-def _fourier(n):
-    "The DFT matrix (n, n), its real half (n, n//2+1) as stacked cosines and sines, and how often a column counts."
-    angle = 2*np.pi*np.outer(np.arange(n), np.arange(n))/n
-    half = n//2 + 1
-    real = np.concatenate([np.cos(angle[:, :half]), -np.sin(angle[:, :half])], 1).astype(np.float32)
-    full = np.concatenate([np.cos(angle), np.sin(angle)], 0).astype(np.float32)
-    twice = np.where((np.arange(half) == 0) | (2*np.arange(half) == n), 1., 2.).astype(np.float32)
-    return real, full, twice
-
-def _magnitudes(grey):
-    "|DFT| of (P, n, n) real patches at the columns v <= n/2: (P, n, n//2+1)."
-    n = grey.shape[-1]
-    real, full, _ = _fourier(n)
-    half = n//2 + 1
-    along = grey.reshape(-1, n) @ real                                    # rows: real part | imaginary part
-    along = full @ along.reshape(-1, n, 2*half)                           # columns: cosine sums on top, sine sums below
-    c, s = along[:, :n], along[:, n:]
-    return np.hypot(c[..., :half] + s[..., half:], c[..., half:] - s[..., :half])
-
 # %% ../nbs/01_patches.ipynb #d2cd7f5d
 def _grey(patches):
     "Mean over the channels of (P, n, n, 3) as float32."
@@ -66,7 +46,20 @@ def _grey(patches):
     red, green, blue = (patches[..., c] for c in range(3))
     return (red.astype(np.uint16) + green + blue).astype(np.float32)/3
 
-# %% ../nbs/01_patches.ipynb #1a3fa594
+# %% ../nbs/01_patches.ipynb #9d20ce67
+@lru_cache(8)
+def _counted(n):
+    "How often each of the n·(n//2+1) frequencies that `rfft2` computes counts: (n·(n//2+1),) float32."
+    v = np.arange(n//2 + 1)
+    return np.tile(np.where((v == 0) | (2*v == n), 1, 2), n).astype(np.float32)
+
+def _entropies(patches, eps):
+    "`spectral_entropy` of a block."
+    n = patches.shape[1]
+    a, counted = np.abs(rfft2(_grey(patches))).reshape(len(patches), -1), _counted(n)
+    s = a @ counted
+    return (s*np.log(s + eps) - (a*np.log(np.maximum(a, np.float32(1e-30)))) @ counted)/(s + eps)
+
 def spectral_entropy(
     patches: np.ndarray,  # (P, n, n, 3) uint8 or float
     eps: float = 1e-8,    # keeps an all-black patch finite
@@ -74,11 +67,8 @@ def spectral_entropy(
     "Entropy of the Fourier magnitudes of each patch's grey values (eq. 13)."
     if patches.ndim != 4 or patches.shape[1] != patches.shape[2] or patches.shape[3] != 3:
         raise ValueError(f"patches are (P, n, n, 3), these are {patches.shape}")
-    a = _magnitudes(_grey(patches))
-    twice = _fourier(patches.shape[1])[2]
-    total = (a*twice).sum((1, 2), keepdims=True) + np.float32(eps)
-    p = a/total
-    return -(p*np.log(np.maximum(p, np.float32(1e-30)))*twice).sum((1, 2))
+    blocks = (_entropies(patches[i:i + 128], np.float32(eps)) for i in range(0, len(patches), 128))
+    return np.concatenate([np.empty(0, np.float32), *blocks])
 
 # %% ../nbs/01_patches.ipynb #06ff0b1f
 def chosen_patches(
