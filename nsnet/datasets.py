@@ -575,7 +575,7 @@ def _somebody_there() -> bool:
     from IPython import get_ipython
     return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
-# %% ../nbs/03_datasets.ipynb #50882f0f
+# %% ../nbs/03_datasets.ipynb #db71e8cd
 def _kaggle_client():
     "The client of Kaggle, signed in. Raises ValueError when there are no credentials."
     if _somebody_there(): colab_secrets()
@@ -584,7 +584,8 @@ def _kaggle_client():
             from kaggle.api.kaggle_api_extended import KaggleApi
             client = KaggleApi()
             client.authenticate()
-    except SystemExit: raise ValueError(f"no valid Kaggle credentials: {TOKEN}") from None
+    except (SystemExit, NameError): # it gives up with exit(), a name that notebooks do not have
+        raise ValueError(f"no valid Kaggle credentials: {TOKEN}") from None
     except OSError as error: raise ValueError(f"Kaggle cannot be reached to check the token ({type(error).__name__}); try again later") from None
     fetch = client.download_file
     def checked(response, outfile, *args, **kwargs):

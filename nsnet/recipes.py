@@ -135,13 +135,16 @@ PRESETS = {p.name: p for p in (
     Preset("dalle", "dalle", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
 )}
 
-# %% ../nbs/10_recipes.ipynb #1a1ce82a
+# %% ../nbs/10_recipes.ipynb #f5dcfb44
 def preset(
     name: str,  # one of PRESETS
     **changes,  # fields that are to differ
 ) -> Preset:
-    "A preset by name. Raises ValueError for an unknown name or field, with the known ones."
-    return _override(_known("preset", name, PRESETS), changes)
+    "A preset by name. Raises ValueError for an unknown name or field, with the known ones, and for a size below zero."
+    found = _override(_known("preset", name, PRESETS), changes)
+    for size in ("patch", "canvas", "n_train", "n_test"):
+        if not isinstance(getattr(found, size), int) or getattr(found, size) < 0: raise ValueError(f"{size}={getattr(found, size)!r}: a whole number from 0 is expected")
+    return found
 
 def recipe_for(
     name: str,        # one of RECIPES

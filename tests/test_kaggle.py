@@ -2,6 +2,7 @@
 import base64
 import io
 import os
+import subprocess
 import sys
 import threading
 import zipfile
@@ -126,6 +127,14 @@ def test_without_credentials(kaggle, tmp_path, monkeypatch, capsys, missing):
     for name in missing: monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="no valid Kaggle credentials.*kaggle.json"): get(tmp_path)
     assert KEY not in "".join(capsys.readouterr()) and not kaggle.asked
+
+
+def test_without_credentials_in_a_notebook(kaggle, tmp_path):
+    "IPython hides exit(), with which the client gives up."
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE_")}
+    code = f"from nsnet.datasets import download_dalle; download_dalle({str(tmp_path/'dalle')!r}, mounts=())"
+    said = subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c", code], env=env, capture_output=True, text=True).stdout
+    assert "ValueError: no valid Kaggle credentials: make a token at kaggle.com" in said
 
 
 def test_token_that_has_ended(kaggle, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 from PIL import Image
 
@@ -96,6 +97,15 @@ def test_misspelt_parameter_is_refused(tmp_path):
     assert all(name in str(refusal.value) for name in ("preset", "seeds", "null_rank", "out"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="n_train"): study(tmp_path, n_train="many")
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("seeds", "0,,1", "whole numbers are expected"), ("canvas", 100, "with patches of 8, 16, 32"),
+    ("n_train", -5, "a whole number from 0 is expected"), ("epochs", "two", "epochs='two': int expected")])
+def test_plain_papermill_refuses_nonsense_before_anything_slow(tmp_path, name, value, said):
+    with pytest.raises(papermill.PapermillExecutionError, match=said):
+        papermill.execute_notebook(REPO/"nbs/studies/table1.ipynb", tmp_path/"out.ipynb", {name: value, "data": str(tmp_path/"data")}, progress_bar=False)
+    assert not (tmp_path/"data").exists()
 
 
 def test_plain_papermill(tmp_path):
