@@ -167,7 +167,7 @@ class Shared(Saved):
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Save a detector"))
 
-# %% ../nbs/12_detect.ipynb #ba7585e1
+# %% ../nbs/12_detect.ipynb #bae64940
 def _listed(images, root: str | Path | None) -> pd.DataFrame: # path, source, and from an index label and caption
     "Whatever was given, as rows. Raises ValueError when there is none."
     if isinstance(images, pd.DataFrame):
@@ -179,8 +179,10 @@ def _listed(images, root: str | Path | None) -> pd.DataFrame: # path, source, an
         if not names: raise ValueError(f"{images}: no image in this folder")
         return pd.DataFrame(dict(path=names, source=[folder/n for n in names]))
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim == 3): images = [images]
-    if not len(images): raise ValueError("no images to score")
-    return pd.DataFrame(dict(path=[str(x) if isinstance(x, (str, Path)) else f"image {i}" for i, x in enumerate(images)], source=pd.Series(list(images), dtype=object)))
+    try: images = list(images)
+    except TypeError: raise ValueError(f"images, paths, a folder or an index are expected, not {type(images).__name__}") from None
+    if not images: raise ValueError("no images to score")
+    return pd.DataFrame(dict(path=[str(x) if isinstance(x, (str, Path)) else f"image {i}" for i, x in enumerate(images)], source=pd.Series(images, dtype=object)))
 
 def _with_captions(rows: pd.DataFrame, captions: list[str] | None = None) -> pd.DataFrame:
     "Rows with a column caption: the given ones, those that are there, or empty."
