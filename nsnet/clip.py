@@ -138,7 +138,7 @@ class ImageTower(nn.Module):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3: raise ValueError(f"canvases are (B, M, M, 3) uint8, these are {tuple(x.shape)} {x.dtype}")
         if not len(x): return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers take no empty batch
         pixels = (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
-        with torch.autocast("cuda", torch.bfloat16) if self.bf16 and has_bf16(x.device) else nullcontext(): return self.visual(pixels).float()
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 and has_bf16(x.device) else nullcontext(): return self.visual(pixels).float()
 
 def image_tower(
     backbone: Backbone,

@@ -1,0 +1,97 @@
+"What can be shown of a graphics card without one: all tensors are on it, and half precision learns and speaks as single precision does."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nsnet import clip
+from nsnet.captions import load_captioner
+from nsnet.clip import load_backbone, text_features
+from nsnet.datasets import index_mini, root_of
+from nsnet.images import open_image
+from nsnet.losses import nsnet_loss
+from nsnet.recipes import RECIPES, preset, recipe_for
+from nsnet.train import build_net, outputs
+
+PRESET = preset("mini")
+NS_NETS = [name for name, r in RECIPES.items() if r.kind == "nsnet"]
+
+
+def system(name, **changes):
+    "A system of the mini preset on a backbone of its own, and eight inputs: x, y, v."
+    torch.manual_seed(0)
+    recipe, backbone = recipe_for(name, PRESET, **changes), load_backbone("mini", "cpu")
+    net = build_net(recipe, backbone, torch.eye(backbone.dim) if recipe.projection in ("global", "as_released") else None)
+    x = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8) if recipe.lora_rank else torch.randn(8, backbone.dim)
+    return recipe, net, (x, torch.tensor([0., 1.]*4), torch.randn(8, backbone.dim))
+
+
+def loss_of(recipe, net, x, y, v):
+    "The three terms together."
+    f, logit, m, _, u = net(x, v)
+    return nsnet_loss(f, logit, y, m, u, recipe.alpha, recipe.beta, recipe.tau, recipe.contrastive, recipe.reduction).total
+
+
+@pytest.fixture
+def card():
+    "Tensors that know their device and compute nothing: one on the processor beside one on the card is an error, as it is in earnest."
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield FakeTensorMode(allow_non_fake_inputs=True)
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.fixture
+def no_bf16(monkeypatch): monkeypatch.setattr(clip, "has_bf16", lambda device: False)
+
+
+@pytest.mark.parametrize("name", NS_NETS)
+def test_all_of_a_system_is_on_the_card(name, card, no_bf16):
+    recipe, net, inputs = system(name)
+    with card:
+        net.to("cuda")
+        assert loss_of(recipe, net.train(), *(t.cuda() for t in inputs)).device.type == "cuda"
+        said = outputs(net, inputs[0], inputs[2])
+        assert net.training is False and said.logit.device.type == "cpu" and said.logit.shape == (8,)
+
+
+def test_a_tensor_left_behind_is_an_error(card, no_bf16):
+    recipe, net, inputs = system("advanced")
+    with card:
+        net.to("cuda")
+        net.tower.mean = net.tower.mean.cpu()
+        with pytest.raises(Exception, match="device"): loss_of(recipe, net, *(t.cuda() for t in inputs))
+
+
+def test_captions_are_embedded_on_the_card(card):
+    backbone = load_backbone("mini", "cpu")
+    with card:
+        on_card = replace(backbone, model=backbone.model.to("cuda"), device="cuda")
+        assert text_features(on_card, ["a red ball", "a ring"], progress=False).device.type == "cpu"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bfloat16_tower_learns_the_same(recompute, monkeypatch):
+    recipe, net, inputs = system("advanced", dropout=0., checkpoint_blocks=recompute)
+    for name, p in net.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=.02)         # at zero, half of the gradients are zero
+    gradients = []
+    for low in (False, True):
+        monkeypatch.setattr(clip, "has_bf16", lambda device: low)
+        loss = loss_of(recipe, net.train(), *inputs)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        gradients.append(torch.cat([p.grad.flatten() for n, p in net.named_parameters() if "lora_" in n]))
+        net.zero_grad()
+    assert not torch.equal(*gradients)                                  # it was computed in low precision
+    assert torch.cosine_similarity(*gradients, dim=0) > .99
+
+
+def test_half_precision_describes_as_single_does(tmp_path):
+    index = index_mini(tmp_path, 16, 4, progress=False)
+    images = [open_image(root_of(index)/p) for p in index.path[:32]]
+    captioner = load_captioner("mini", device="cpu")
+    single = np.array(captioner.generate(images))
+    captioner.model.half()
+    assert len(set(single)) > 8 and (single == captioner.generate(images)).mean() > .9
