@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := python -m nsnet.chain
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini rehearsal speed test sync readme clean
+.PHONY: study study-full mini rehearsal speed versions test sync readme clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
 study study-full: export OMP_NUM_THREADS = 1
@@ -28,6 +28,11 @@ rehearsal: $(READY)
 # Images a second and memory, on the graphics card where there is one: reports/speed/
 speed: $(READY)
 	$(STUDY) speed scale=real out=reports/speed
+
+# The tests with the lowest versions of the libraries and with the newest: reports/versions/
+versions: $(READY)
+	python scripts/versions.py lowest
+	python scripts/versions.py newest
 
 # Generated files in step with the notebooks, every notebook, then the system tests
 test: export OMP_NUM_THREADS = 1

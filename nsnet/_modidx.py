@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'nsnet'},
   'syms': { 'nsnet.captions': { 'nsnet.captions.Captioner': ('captions.html#captioner', 'nsnet/captions.py'),
+                                'nsnet.captions.Captioner._room': ('captions.html#captioner._room', 'nsnet/captions.py'),
                                 'nsnet.captions.Captioner.generate': ('captions.html#captioner.generate', 'nsnet/captions.py'),
                                 'nsnet.captions._batches': ('captions.html#_batches', 'nsnet/captions.py'),
                                 'nsnet.captions._describe': ('captions.html#_describe', 'nsnet/captions.py'),
@@ -113,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nsnet.datasets.index_mini': ('datasets.html#index_mini', 'nsnet/datasets.py'),
                                 'nsnet.datasets.index_universalfakedetect': ( 'datasets.html#index_universalfakedetect',
                                                                               'nsnet/datasets.py'),
+                                'nsnet.datasets.keep_in': ('datasets.html#keep_in', 'nsnet/datasets.py'),
                                 'nsnet.datasets.list_images': ('datasets.html#list_images', 'nsnet/datasets.py'),
                                 'nsnet.datasets.load_index': ('datasets.html#load_index', 'nsnet/datasets.py'),
                                 'nsnet.datasets.normalise_format': ('datasets.html#normalise_format', 'nsnet/datasets.py'),

@@ -27,7 +27,7 @@ def _source(model: str | Path) -> str:
     from nsnet.mini import asset
     return str(asset("blip"))
 
-# %% ../nbs/04_captions.ipynb #144a1f65
+# %% ../nbs/04_captions.ipynb #87091b4e
 def portable_name(
     model: str | Path, # "mini", a directory or a hub name
 ) -> str:
@@ -37,12 +37,12 @@ def portable_name(
         if len(source.parts) > 2 or source.is_absolute(): raise ValueError(f"{source}: no such directory")
         return str(model)
     digest = hashlib.sha256()
-    for file in sorted([*source.glob("*.safetensors"), *source.glob("vocab*"), *source.glob("tokenizer*.json")]):
+    for file in sorted([*source.glob("*.safetensors"), *source.glob("*.bin"), *source.glob("vocab*"), *source.glob("tokenizer*.json")]):
         digest.update(file.name.encode())
         with open(file, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
     return f"{source.resolve().name}@{digest.hexdigest()[:12]}"
 
-# %% ../nbs/04_captions.ipynb #f9e3bf47
+# %% ../nbs/04_captions.ipynb #514855fb
 @dataclass
 class Captioner:
     "An image-to-text model that says what images show, greedily and in batches."
@@ -55,12 +55,18 @@ class Captioner:
     def generate(
         self,
         images: list[Image.Image], # RGB, any sizes
-    ) -> list[str]: # one caption each
+    ) -> list[str]: # one caption each; "a picture" where it says nothing
         "Describe a batch of images."
         text = dict(text=[self.prompt] * len(images)) if self.prompt else {}
         inputs = self.processor(images=images, return_tensors="pt", **text).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, num_beams=1, do_sample=False)
-        return [c.strip() for c in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        tokens = self.model.generate(**inputs, max_new_tokens=self._room(inputs), num_beams=1, do_sample=False)
+        return [c.strip() or "a picture" for c in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _room(self, inputs) -> int:
+        "The longest caption, or what is left of the model's positions: one token more than those would be an index error."
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return min(self.max_new_tokens, positions - given) if positions else self.max_new_tokens
 
 # %% ../nbs/04_captions.ipynb #fd8d5f35
 def load_captioner(

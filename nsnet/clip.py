@@ -44,7 +44,7 @@ class Backbone:
             h.update(name.encode() + t[::max(1, len(t)//256)].float().cpu().numpy().tobytes())
         return h.hexdigest()[:12]
 
-# %% ../nbs/05_clip.ipynb #5225f019
+# %% ../nbs/05_clip.ipynb #e5c07857
 def _create(name, device):
     "open_clip's model and tokenizer for a name; every failure as a one-line ValueError."
     import open_clip
@@ -52,7 +52,7 @@ def _create(name, device):
     if tag is None and ":" not in name: raise ValueError(f"backbone {name!r} names no weights: write it as architecture/weights, e.g. ViT-L-14/openai")
     quick = bool(tag) and bool((open_clip.get_pretrained_cfg(arch, tag) or {}).get("quick_gelu", False))
     try:
-        model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, device=device, precision="fp32")
+        model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, device=device, precision="fp32", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(arch)
     except Exception as e:
         raise ValueError(f"backbone {name!r} cannot be loaded: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from None
@@ -121,7 +121,7 @@ def has_bf16(
     "Whether the device computes bfloat16 in hardware and gains from it."
     return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-# %% ../nbs/05_clip.ipynb #26484663
+# %% ../nbs/05_clip.ipynb #978be364
 class ImageTower(nn.Module):
     "Canvases (B, M, M, 3) uint8 to embeddings (B, d), before the ℓ2 normalisation."
     def __init__(self,

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LABELS', 'LAYOUTS', 'DALLE', 'MOUNTS', 'TOKEN', 'read_records', 'append_records', 'part_of', 'files_of',
-           'in_workers', 'list_images', 'scan', 'Layout', 'index_layout', 'index_folder', 'index_mini', 'root_of',
-           'save_index', 'load_index', 'unique', 'draw_order', 'split', 'file_facts', 'file_format', 'format_report',
-           'fig_formats', 'balance_formats', 'normalise_format', 'index_dalle', 'find_dalle', 'colab_secrets', 'unpack',
-           'download_dalle', 'index_forensynths', 'index_universalfakedetect', 'index_genimage', 'index_aigibench',
-           'index_aigcdetect', 'index_chameleon', 'index_community_forensics', 'recognise', 'index_any', 'pairs',
-           'study_index']
+           'keep_in', 'in_workers', 'list_images', 'scan', 'Layout', 'index_layout', 'index_folder', 'index_mini',
+           'root_of', 'save_index', 'load_index', 'unique', 'draw_order', 'split', 'file_facts', 'file_format',
+           'format_report', 'fig_formats', 'balance_formats', 'normalise_format', 'index_dalle', 'find_dalle',
+           'colab_secrets', 'unpack', 'download_dalle', 'index_forensynths', 'index_universalfakedetect',
+           'index_genimage', 'index_aigibench', 'index_aigcdetect', 'index_chameleon', 'index_community_forensics',
+           'recognise', 'index_any', 'pairs', 'study_index']
 
 # %% ../nbs/03_datasets.ipynb #e428f4cf
 import ctypes
@@ -85,6 +85,27 @@ def files_of(
 ) -> list[Path]:
     "A store, and what several processes wrote beside it."
     return [Path(store), *sorted(Path(store).parent.glob(f"{Path(store).stem}.part*{Path(store).suffix}"))] if store else []
+
+# %% ../nbs/03_datasets.ipynb #d95311d4
+def keep_in(
+    folder: str | Path, # folder to keep elsewhere, made when absent
+    place: str | Path, # where it is kept from now on
+) -> None:
+    "Make a folder a link to another place, with what it holds; nothing that is in either is lost to the other."
+    folder, place = Path(folder), Path(place)
+    place.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and folder.resolve() == place.resolve(): return
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        other = place/file.relative_to(folder)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        if not other.exists(): shutil.copy(file, other)
+        elif file.suffix == ".jsonl":
+            known = {json.dumps(r) for r in read_records(other)}
+            append_records(other, [r for r in read_records(file) if json.dumps(r) not in known])
+    if folder.is_symlink(): folder.unlink()
+    elif folder.exists(): shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(place.resolve())
 
 # %% ../nbs/03_datasets.ipynb #7efe52d0
 class _Jobs(NamedTuple):
@@ -331,7 +352,7 @@ def draw_order(
     rows["_place"] = (groups.cumcount() + 0.5) / groups.path.transform("size")
     return rows.sort_values(["_place", "_lot"]).drop(columns=["_lot", "_place"])
 
-# %% ../nbs/03_datasets.ipynb #cc9230cd
+# %% ../nbs/03_datasets.ipynb #432617d7
 def split(
     index: pd.DataFrame, # an index; where it has train and test images already, they stay that
     n_train: int = 0, # training images per label, validation included; 0: all there are
@@ -348,7 +369,8 @@ def split(
     parts = []
     for label in (0, 1):
         mine = draw_order(rows[rows.label.eq(label) & ~unseen], seed)
-        train, tested = _own(mine, n_train, n_test) if kept else _divide(mine, n_train, n_test, test)
+        strangers = label == 1 and (unseen & rows.split.eq("test")).any()
+        train, tested = _own(mine, n_train, n_test, strangers) if kept else _divide(mine, n_train, n_test, test)
         parts += [*_carve(train, val, seed), tested.assign(split="test")]
     for _, strangers in rows[unseen & (rows.split.eq("test") | (not kept))].groupby("generator"):
         parts.append(draw_order(strangers, seed)[:n_test or None].assign(split="test"))
@@ -367,17 +389,17 @@ def _seen(rows: pd.DataFrame, seen: str | list[str] | None, kept: bool) -> list[
         if g not in known: raise ValueError(f"unknown generator {g!r} in seen; the index has {', '.join(known)}")
     return seen
 
-# %% ../nbs/03_datasets.ipynb #5cb5a5d4
+# %% ../nbs/03_datasets.ipynb #26acd5c4
 def _enough(rows: pd.DataFrame, n: int, use: str) -> pd.DataFrame:
     "The first n rows, or all for n = 0. Raises ValueError when there are fewer, or none."
     if len(rows) < max(n, 1):
         raise ValueError(f"{max(n, 1)} {use} images per label are asked for, and of one label there are {len(rows)}; ask for fewer")
     return rows[:n or None]
 
-def _own(rows: pd.DataFrame, n_train: int, n_test: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Training and test images of a collection that comes with a split."
-    return (_enough(rows[rows.split.isin(["train", "val"])], n_train, "training"),
-            _enough(rows[rows.split.eq("test")], n_test, "test"))
+def _own(rows: pd.DataFrame, n_train: int, n_test: int, strangers: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Training and test images of a collection that comes with a split; where strangers are tested, these may have no test images."
+    train, tested = rows[rows.split.isin(["train", "val"])], rows[rows.split.eq("test")]
+    return _enough(train, n_train, "training"), tested if strangers and tested.empty else _enough(tested, n_test, "test")
 
 def _divide(rows: pd.DataFrame, n_train: int, n_test: int, test: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Training and test images of a collection without a split: the test images are drawn first."
@@ -676,10 +698,10 @@ LAYOUTS["genimage"] = Layout({
     "{generator}/{}/{label:ai|nature}": "", "{generator}/{label:ai|nature|0_real|1_fake}": ""},
     tops="genimage", names=" ".join([*_GENIMAGE, *_GENIMAGE.values()]).lower(), aliases=_GENIMAGE, splits={"val": "test"})
 
-# %% ../nbs/03_datasets.ipynb #79ff9045
+# %% ../nbs/03_datasets.ipynb #5c2b9b63
 LAYOUTS["aigibench"] = Layout({
-    "{split:train|val}/{:car|cat|chair|horse}/{label}": "progan", "{split}/{generator}/{label}": ""}, tops="aigibench",
-    names="sdv1.4 progan r3gan stylegan3 stylegan-xl styleswim wfir blendface e4s faceswap inswap simswap dalle-3 flux1-dev "
+    "{split:train|val}/{:car|cat|chair|horse}/{label}": "ProGAN", "{split}/{generator}/{label}": ""}, tops="aigibench",
+    names="car cat chair horse sdv1.4 progan r3gan stylegan3 stylegan-xl styleswim wfir blendface e4s faceswap inswap simswap dalle-3 flux1-dev "
           "glide imagen3 midjourney midjourney-v6 sd3 sdxl blip infinite-id instantid ip-adapter photomaker communityai socialrf")
 LAYOUTS["aigcdetect"] = Layout(_ANY_TEST, tops="aigcdetectbenchmark", names=_PROGAN_CLASSES +
     " progan stylegan biggan cyclegan stargan gaugan stylegan2 whichfaceisreal adm glide midjourney "

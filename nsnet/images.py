@@ -6,9 +6,9 @@
 __all__ = ['EXTENSIONS', 'MAX_PIXELS', 'ImageError', 'is_image_name', 'content_hash', 'atomic_write', 'open_image', 'image_size',
            'write_rejected']
 
-# %% ../nbs/00_images.ipynb #0a5e1c93
+# %% ../nbs/00_images.ipynb #0e8d3311
 import csv, hashlib, os, tempfile, threading, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def content_hash(
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_images.ipynb #6acbbcf8
+# %% ../nbs/00_images.ipynb #4784caa2
 @contextmanager
 def atomic_write(
     path,  # the file to write
@@ -55,7 +55,7 @@ def atomic_write(
     try:
         yield tmp
         mask = os.umask(0); os.umask(mask)
-        tmp.chmod(0o666 & ~mask)
+        with suppress(OSError): tmp.chmod(0o666 & ~mask)     # Google Drive has no permissions
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 

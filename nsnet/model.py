@@ -162,7 +162,7 @@ def _fit_logistic(X: np.ndarray, y: np.ndarray, seed: int):
     else: pipe.fit(X, y)
     return pipe[0], pipe[1]
 
-# %% ../nbs/08_model.ipynb #d1570ad1
+# %% ../nbs/08_model.ipynb #931f5402
 def _ring_means(
     power: np.ndarray, # (planes, H, W // 2 + 1), non-negative frequencies of the last axis
     height: int, # of the picture
@@ -181,11 +181,12 @@ def radial_spectrum(
     image: np.ndarray, # (H, W, 3) uint8
     bins: int = 32, # rings a plane
 ) -> np.ndarray: # (3 * bins,) float32: grey, red - green, blue - green
-    "Log power in rings of equal spatial frequency, of the grey level and two colour differences; any size of image."
+    "Log power in rings of equal spatial frequency, of grey and two colour differences; of a large image the middle 4096 × 4096."
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 2:
         raise ValueError(f"image must be (H, W, 3) and at least 2 pixels a side, got {image.shape}")
-    r, g, b = np.moveaxis(image.astype(np.float32), 2, 0)
+    top, left = (max(0, n - 4096)//2 for n in image.shape[:2])                # 100 megapixels at once are 6 GB
+    r, g, b = np.moveaxis(image[top:top + 4096, left:left + 4096].astype(np.float32), 2, 0)
     planes = np.stack([(r + g + b) / 3, r - g, b - g])
     height, width = g.shape
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1]).astype(np.float32)

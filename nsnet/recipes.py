@@ -109,7 +109,7 @@ def differences(
     table = pd.DataFrame({r.name: asdict(r) for r in recipes}).drop(index="name")
     return table[table.astype(str).nunique(axis=1) > 1]
 
-# %% ../nbs/10_recipes.ipynb #08a500d8
+# %% ../nbs/10_recipes.ipynb #9060822d
 @dataclass(frozen=True)
 class Preset:
     "Which images, which models, how many, how long."
@@ -133,6 +133,7 @@ PRESETS = {p.name: p for p in (
     Preset("mini", "mini", "mini", "mini", 16, 64, 600, 250, "deconv", training=_MINI),
     Preset("folder", "folder", "mini", "mini", 16, 64, 0, 0, training=_MINI),
     Preset("dalle", "dalle", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
+    Preset("any", "any", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
 )}
 
 # %% ../nbs/10_recipes.ipynb #f5dcfb44

@@ -7,7 +7,7 @@ __all__ = ['view', 'view_key', 'views_of', 'build_net', 'projection_matrix', 'Pa
            'batch_of', 'reshuffled', 'train_step', 'outputs', 'probabilities', 'trained_state', 'load_trained',
            'save_checkpoint', 'load_checkpoint', 'fit', 'run_key', 'own_device', 'train']
 
-# %% ../nbs/11_train.ipynb #f2b74dac
+# %% ../nbs/11_train.ipynb #6ef7e767
 import hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .clip import Backbone, FeatureStore, add_lora, check_canvas, image_features, image_tower, load_backbone, rows_at_a_time, text_features
+from .clip import Backbone, FeatureStore, add_lora, check_canvas, has_bf16, image_features, image_tower, load_backbone, rows_at_a_time, text_features
 from .datasets import in_workers, root_of
 from .images import ImageError, atomic_write, open_image, write_rejected
 from .losses import nsnet_loss
@@ -186,15 +186,15 @@ def reshuffled(
     x = x[torch.arange(len(x))[:, None], order]
     return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/11_train.ipynb #09b811a5
+# %% ../nbs/11_train.ipynb #a07268a3
 def train_step(net, optimizer, part, chosen, recipe, accelerator):
     "One optimiser step on the chosen images; returns the loss terms as floats."
-    terms = np.zeros(4)
+    terms, device = np.zeros(4), next(net.parameters()).device
     optimizer.zero_grad()
     for rows in chosen.chunk(recipe.accumulate):
         share = len(rows)/len(chosen)
         mine = rows[accelerator.process_index::accelerator.num_processes]
-        x, y, v = (t[mine].to(accelerator.device) for t in (part.x, part.y, part.v))
+        x, y, v = (t[mine].to(device) for t in (part.x, part.y, part.v))
         if recipe.reshuffle and part.patch: x = reshuffled(x.cpu(), part.patch).to(x.device)
         f, logit, m, _, u = net(x, v)
         loss = nsnet_loss(f, logit, y, m, u, recipe.alpha, recipe.beta, recipe.tau, recipe.contrastive, recipe.reduction,
@@ -291,7 +291,7 @@ def _validate(net, part, run, best, recipe):
         return trained_state(net)
     return best
 
-# %% ../nbs/11_train.ipynb #2a2cb5d6
+# %% ../nbs/11_train.ipynb #aefcd56c
 def fit(
     net: torch.nn.Module,   # NSNet
     parts: dict,            # "train" and "val": Part
@@ -303,9 +303,9 @@ def fit(
     progress: bool = True,
 ) -> dict:                  # key, step, history (one dict a step), validation (one dict an epoch), best_epoch
     "Train in place and leave the network with the weights of the best epoch."
-    from accelerate import Accelerator
-    device = next(net.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    from accelerate import Accelerator, PartialState
+    PartialState(cpu=next(net.parameters()).device.type == "cpu")          # the first in a program decides; the network's own device is what counts
+    accelerator = Accelerator()
     optimizer, n = _optimizer(net, recipe), len(parts["train"].y)
     a_epoch = -(-n//recipe.batch_size)
     run, best = dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}
@@ -321,12 +321,13 @@ def fit(
     load_trained(net, best)
     return run
 
-# %% ../nbs/11_train.ipynb #82641351
+# %% ../nbs/11_train.ipynb #a4c760c5
 def run_key(recipe, setup, index, backbone, seed):
     "Sixteen digits that stand for everything a result depends on."
     used = index[index.split.isin(["train", "val"])]
     rows = used[["sha256", "label", "split", "caption"]].astype(str).agg("|".join, axis=1)
-    what = json.dumps([asdict(recipe), setup.patch, setup.canvas, setup.seed, backbone.fingerprint(), seed], sort_keys=True)
+    precision = ["bfloat16"]*has_bf16(backbone.device)
+    what = json.dumps([asdict(recipe), setup.patch, setup.canvas, setup.seed, backbone.fingerprint(), seed, *precision], sort_keys=True)
     return hashlib.sha256("\n".join([what, *rows]).encode()).hexdigest()[:16]
 
 def _processes(backbone):

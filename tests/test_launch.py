@@ -33,7 +33,7 @@ def test_script_for_several_cards(tmp_path):
     assert all(parts) and len({r["key"] for part in parts for r in part}) == len(tested)
     words = {r["sha256"]: r["caption"] for rank in (0, 1) for r in read_records(tmp_path/f"captions.part{rank}.jsonl")}
     tested = tested.assign(caption=tested.sha256.map(words)).reset_index(drop=True)
-    detector = Detector.from_pretrained(tmp_path/"run")
+    detector = Detector.from_pretrained(tmp_path/"run", device="cpu")
     scores = detector.score(tested, root=tmp_path/"images", batch_size=64)
     kept = detector.score(tested, root="/nowhere", store=tmp_path/"scores.jsonl")
     assert kept.score.tolist() == pytest.approx(scores.score.tolist(), abs=1e-5)

@@ -42,9 +42,15 @@ def run(folder, out, cache):
 def work(rank, port, folder, out):
     "One of two processes."
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+    os.environ.update(CUDA_VISIBLE_DEVICES="", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
     for name, detector in run(folder, out, out/"cache").items(): detector.save_pretrained(out/f"{name}-{rank}")
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+
+def work_alone(rank, folder, out):
+    "The one process that they are compared with: on a processor like them, also where there is a card."
+    os.environ.update(CUDA_VISIBLE_DEVICES="")
+    run(folder, out, None)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def outs(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, (port, folder, two), nprocs=2)
-    run(folder, one, None)
+    mp.spawn(work_alone, (folder, one), nprocs=1)
     return one, two
 
 
