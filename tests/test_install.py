@@ -82,11 +82,11 @@ def test_study_runs_from_the_wheel(installed, away):
     assert str(REPO) not in (away/"out/table1.ipynb").read_text()
 
 
-@pytest.mark.parametrize("preset", ["smoke", pytest.param("mini", marks=pytest.mark.slow)])
-def test_colab_notebook_runs_from_the_wheel(preset, installed, away):
+@pytest.mark.parametrize("preset, more", [("smoke", "rule=resize; side=96"), pytest.param("mini", "", marks=pytest.mark.slow)])
+def test_colab_notebook_runs_from_the_wheel(preset, more, installed, away):
     "As papermill runs it, far from the checkout: no download, no graphics card, and the table and figures at the end."
     where = Path(run(installed, "-c", "from nsnet.chain import find_study; print(find_study('colab'))", cwd=away).strip())
-    run(installed, "-m", "papermill", where, "colab.ipynb", "-k", "python3", "-p", "preset", preset, "-p", "systems", "advanced,linear_probe", cwd=away)
+    run(installed, "-m", "papermill", where, "colab.ipynb", "-k", "python3", "-p", "preset", preset, "-p", "more", more, "-p", "systems", "advanced,linear_probe", cwd=away)
     assert {"table1.csv", "scores.csv", "summary.md", "table1.ipynb"} <= {p.name for p in (away/"data/colab").iterdir()}
     shown = [o for c in nbformat.read(away/"colab.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
     assert sum("image/png" in o.get("data", {}) for o in shown) >= 6 and any("| advanced |" in str(o.get("data", {}).get("text/markdown")) for o in shown)

@@ -172,6 +172,22 @@ def test_folder_of_damaged_files(tmp_path):
     assert set(scores.label) == {0, 1} and scores.score.between(0, 1).all()
 
 
+def test_seen_generator_that_is_not_tested(tmp_path):
+    "The usual protocol: trained on one generator, tested on others. There is no row for the seen one, and none of the paper's."
+    for i, part in enumerate(f"{split}/{name}/{label}" for split, name in (("train", "sdv1.4"), ("train", "car"), ("test", "R3GAN"), ("test", "SDXL"))
+                             for label in ("0_real", "1_fake")):
+        for j in range(12):
+            file = tmp_path/"AIGIBench"/part/f"{j}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(100*i + j)).save(file)
+    study(tmp_path, preset="any", root="AIGIBench", seen="sdv1.4", backbone="mini", captioner="mini", canvas=64, patch=16,
+          n_train=12, n_test=8, systems="linear_probe,no_projection", epochs=1)
+    scores = complete(tmp_path/"out")
+    assert set(scores.generator) == {"real", "R3GAN", "SDXL"}
+    table = (tmp_path/"out/table1.md").read_text()
+    assert "R3GAN (unseen)" in table and "(paper)" not in table and "(seen)" not in table
+
+
 def test_real_pictures(tmp_path):
     if not WILD.is_dir(): pytest.skip("the folder shared/wild with real pictures is not beside this checkout")
     study(tmp_path, preset="folder", root=str(WILD), systems="advanced,linear_probe", n_train=12, n_test=6, epochs=1)
