@@ -86,19 +86,20 @@ def files_of(
     "A store, and what several processes wrote beside it."
     return [Path(store), *sorted(Path(store).parent.glob(f"{Path(store).stem}.part*{Path(store).suffix}"))] if store else []
 
-# %% ../nbs/03_datasets.ipynb #d95311d4
+# %% ../nbs/03_datasets.ipynb #333a1379
 def keep_in(
     folder: str | Path, # folder to keep elsewhere, made when absent
     place: str | Path, # where it is kept from now on
 ) -> None:
-    "Make a folder a link to another place, with what it holds; nothing that is in either is lost to the other."
+    "Make a folder a link to another place, with what it holds: records are added, of two other files of one name that in `place` stays."
     folder, place = Path(folder), Path(place)
     place.mkdir(parents=True, exist_ok=True)
     if folder.is_dir() and folder.resolve() == place.resolve(): return
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         other = place/file.relative_to(folder)
         other.parent.mkdir(parents=True, exist_ok=True)
-        if not other.exists(): shutil.copy(file, other)
+        if not other.exists():
+            with atomic_write(other) as whole: shutil.copyfile(file, whole)
         elif file.suffix == ".jsonl":
             known = {json.dumps(r) for r in read_records(other)}
             append_records(other, [r for r in read_records(file) if json.dumps(r) not in known])
