@@ -60,6 +60,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'nsnet.clip.random_backbone': ('clip.html#random_backbone', 'nsnet/clip.py'),
                             'nsnet.clip.rows_at_a_time': ('clip.html#rows_at_a_time', 'nsnet/clip.py'),
                             'nsnet.clip.text_features': ('clip.html#text_features', 'nsnet/clip.py'),
+                            'nsnet.clip.tower_fingerprint': ('clip.html#tower_fingerprint', 'nsnet/clip.py'),
                             'nsnet.clip.unfold_attention': ('clip.html#unfold_attention', 'nsnet/clip.py')},
             'nsnet.datasets': { 'nsnet.datasets.Layout': ('datasets.html#layout', 'nsnet/datasets.py'),
                                 'nsnet.datasets._Jobs': ('datasets.html#_jobs', 'nsnet/datasets.py'),

@@ -353,7 +353,7 @@ def draw_order(
     rows["_place"] = (groups.cumcount() + 0.5) / groups.path.transform("size")
     return rows.sort_values(["_place", "_lot"]).drop(columns=["_lot", "_place"])
 
-# %% ../nbs/03_datasets.ipynb #432617d7
+# %% ../nbs/03_datasets.ipynb #2772e0c8
 def split(
     index: pd.DataFrame, # an index; where it has train and test images already, they stay that
     n_train: int = 0, # training images per label, validation included; 0: all there are
@@ -373,8 +373,8 @@ def split(
         strangers = label == 1 and (unseen & rows.split.eq("test")).any()
         train, tested = _own(mine, n_train, n_test, strangers) if kept else _divide(mine, n_train, n_test, test)
         parts += [*_carve(train, val, seed), tested.assign(split="test")]
-    for _, strangers in rows[unseen & (rows.split.eq("test") | (not kept))].groupby("generator"):
-        parts.append(draw_order(strangers, seed)[:n_test or None].assign(split="test"))
+    for _, group in rows[unseen & (rows.split.eq("test") | (not kept))].groupby("generator"):
+        parts.append(draw_order(group, seed)[:n_test or None].assign(split="test"))
     result = pd.concat(parts).sort_index().reset_index(drop=True)
     result.attrs.update(index.attrs, copies=len(index) - len(rows))
     return result

@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'Network', 'Scorer', 'Saved', 'Shared', 'Reader', 'covered', 'fig_explain', 'Explainer', 'Keeper', 'Worker',
            'Detector']
 
-# %% ../nbs/12_detect.ipynb #ce616f9e
+# %% ../nbs/12_detect.ipynb #18d37594
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .captions import Captioner, load_captioner
-from .clip import Backbone, has_bf16, image_features, load_backbone, rows_at_a_time, text_features
+from .clip import Backbone, image_features, load_backbone, rows_at_a_time, text_features, tower_fingerprint
 from .datasets import append_records, files_of, in_workers, list_images, part_of, read_records, root_of
 from .images import ImageError, atomic_write, open_image
 from .model import NSNet, NSNetOutput
@@ -314,12 +314,12 @@ class Explainer(Reader):
         "The chosen patches, the canvas, and what each place of the canvas adds to the score."
         return fig_explain(self, image, caption)
 
-# %% ../nbs/12_detect.ipynb #d9d12be5
+# %% ../nbs/12_detect.ipynb #027edc07
 class Keeper(Explainer):
     "Adds scores that are kept by content."
     def fingerprint(self) -> str:
         "Twelve digits that depend on everything a score depends on."
-        digest = hashlib.sha256(repr((self.recipe, self.setup, self.backbone.fingerprint(), *["bfloat16"]*has_bf16(self.backbone.device))).encode())
+        digest = hashlib.sha256(repr((self.recipe, self.setup, tower_fingerprint(self.backbone))).encode())
         for name, value in sorted(trained_state(self.net).items()): digest.update(name.encode() + value.numpy().tobytes())
         return digest.hexdigest()[:12]
 

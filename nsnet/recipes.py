@@ -109,7 +109,7 @@ def differences(
     table = pd.DataFrame({r.name: asdict(r) for r in recipes}).drop(index="name")
     return table[table.astype(str).nunique(axis=1) > 1]
 
-# %% ../nbs/10_recipes.ipynb #9060822d
+# %% ../nbs/10_recipes.ipynb #ad894c6c
 @dataclass(frozen=True)
 class Preset:
     "Which images, which models, how many, how long."
@@ -132,8 +132,8 @@ PRESETS = {p.name: p for p in (
     Preset("smoke", "mini", "mini", "mini", 16, 64, 40, 12, "deconv", training=_MINI + (("epochs", 1), ("batch_size", 16))),
     Preset("mini", "mini", "mini", "mini", 16, 64, 600, 250, "deconv", training=_MINI),
     Preset("folder", "folder", "mini", "mini", 16, 64, 0, 0, training=_MINI),
-    Preset("dalle", "dalle", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
-    Preset("any", "any", "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),)),
+    *(Preset(data, data, "ViT-L-14/openai", "Salesforce/blip-image-captioning-base", 32, 224, 2000, 100, training=(("checkpoint_blocks", True),))
+      for data in ("dalle", "any")),
 )}
 
 # %% ../nbs/10_recipes.ipynb #f5dcfb44

@@ -123,7 +123,7 @@ def markdown_table(
     head = [frame.columns, [":---"] + ["---:"] * (frame.shape[1] - 1)]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [*head, *frame.itertuples(index=False)])
 
-# %% ../nbs/13_report.ipynb #295075a5
+# %% ../nbs/13_report.ipynb #1449324f
 def test_name(
     test: str, # as in the column `test`
     seen: str, # as in the column `seen`
@@ -140,7 +140,7 @@ def to_markdown(
     for i, (test, rows) in enumerate(measured[measured.test.ne("paper")].groupby("test", sort=False)):
         first = rows.iloc[0]
         seeds = f"{first.n_seeds:.0f} seed{'s' if first.n_seeds > 1 else ''}"
-        shown = pd.concat([paper, rows]) if i == 0 and rows.seen.iloc[0] == "yes" else rows
+        shown = pd.concat([paper, rows]) if i == 0 and first.seen == "yes" else rows
         cells = {"system": shown.system} | {m.replace("_", " "): [cell(row, m) for _, row in shown.iterrows()] for m in metrics}
         blocks.append(f"**{test_name(test, first.seen)}**: {first.n_real:.0f} photographs, {first.n_fake:.0f} generated images, {seeds}\n\n"
                       + markdown_table(pd.DataFrame(cells)))

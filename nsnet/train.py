@@ -7,7 +7,7 @@ __all__ = ['view', 'view_key', 'views_of', 'build_net', 'projection_matrix', 'Pa
            'batch_of', 'reshuffled', 'train_step', 'outputs', 'probabilities', 'trained_state', 'load_trained',
            'save_checkpoint', 'load_checkpoint', 'fit', 'run_key', 'own_device', 'train']
 
-# %% ../nbs/11_train.ipynb #6ef7e767
+# %% ../nbs/11_train.ipynb #f7acc648
 import hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .clip import Backbone, FeatureStore, add_lora, check_canvas, has_bf16, image_features, image_tower, load_backbone, rows_at_a_time, text_features
+from .clip import Backbone, FeatureStore, add_lora, check_canvas, image_features, image_tower, load_backbone, rows_at_a_time, text_features, tower_fingerprint
 from .datasets import in_workers, root_of
 from .images import ImageError, atomic_write, open_image, write_rejected
 from .losses import nsnet_loss
@@ -291,7 +291,12 @@ def _validate(net, part, run, best, recipe):
         return trained_state(net)
     return best
 
-# %% ../nbs/11_train.ipynb #aefcd56c
+# %% ../nbs/11_train.ipynb #7474bc63
+def _processes(device):
+    "accelerate's view of the processes that train together, usually this one alone; the first view in a program decides where they compute."
+    from accelerate import PartialState
+    return PartialState(cpu=torch.device(device).type == "cpu")
+
 def fit(
     net: torch.nn.Module,   # NSNet
     parts: dict,            # "train" and "val": Part
@@ -303,8 +308,8 @@ def fit(
     progress: bool = True,
 ) -> dict:                  # key, step, history (one dict a step), validation (one dict an epoch), best_epoch
     "Train in place and leave the network with the weights of the best epoch."
-    from accelerate import Accelerator, PartialState
-    PartialState(cpu=next(net.parameters()).device.type == "cpu")          # the first in a program decides; the network's own device is what counts
+    from accelerate import Accelerator
+    _processes(next(net.parameters()).device)              # before Accelerator, which would choose for itself
     accelerator = Accelerator()
     optimizer, n = _optimizer(net, recipe), len(parts["train"].y)
     a_epoch = -(-n//recipe.batch_size)
@@ -321,30 +326,24 @@ def fit(
     load_trained(net, best)
     return run
 
-# %% ../nbs/11_train.ipynb #a4c760c5
+# %% ../nbs/11_train.ipynb #001fd27b
 def run_key(recipe, setup, index, backbone, seed):
     "Sixteen digits that stand for everything a result depends on."
     used = index[index.split.isin(["train", "val"])]
     rows = used[["sha256", "label", "split", "caption"]].astype(str).agg("|".join, axis=1)
-    precision = ["bfloat16"]*has_bf16(backbone.device)
-    what = json.dumps([asdict(recipe), setup.patch, setup.canvas, setup.seed, backbone.fingerprint(), seed, *precision], sort_keys=True)
+    what = json.dumps([asdict(recipe), setup.patch, setup.canvas, setup.seed, tower_fingerprint(backbone), seed], sort_keys=True)
     return hashlib.sha256("\n".join([what, *rows]).encode()).hexdigest()[:16]
-
-def _processes(backbone):
-    "accelerate's view of the processes that train together; usually this one alone."
-    from accelerate import PartialState
-    return PartialState(cpu=backbone.device == "cpu")
 
 def _finished(out, key, backbone):
     "The detector of a finished run, or None. Raises ValueError when `out` holds another run's."
     from nsnet.detect import Detector
     found = json.loads((out/"run.json").read_text())["key"] if out and (out/"run.json").exists() else None
-    _processes(backbone).wait_for_everyone()               # all have looked before one writes
+    _processes(backbone.device).wait_for_everyone()               # all have looked before one writes
     if found is None: return None
     if found != key: raise ValueError(f"{out} holds another run (other recipe, images or backbone): give another out, or delete it")
     return Detector.from_pretrained(out, backbone=backbone)
 
-# %% ../nbs/11_train.ipynb #dcdd4cbe
+# %% ../nbs/11_train.ipynb #3e553bcd
 def own_device() -> str:
     "The GPU of this process, or the CPU where there is none."
     from accelerate import PartialState
@@ -361,7 +360,7 @@ def _write_run(out, run):
 
 def _keep(out, detector, run):
     "Write a finished run, by the first process alone."
-    together = _processes(detector.backbone)
+    together = _processes(detector.backbone.device)
     if together.is_main_process: detector.save_pretrained(out); _write_run(out, run)
     together.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from packaging.version import Version
@@ -9,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsnet import clip
 from nsnet.captions import load_captioner
-from nsnet.clip import load_backbone, text_features
+from nsnet.clip import load_backbone, text_features, tower_fingerprint
 from nsnet.datasets import index_mini, root_of
+from nsnet.detect import Detector, Setup
 from nsnet.images import open_image
 from nsnet.losses import nsnet_loss
 from nsnet.recipes import RECIPES, preset, recipe_for
-from nsnet.train import build_net, outputs
+from nsnet.train import build_net, outputs, run_key
 
 PRESET = preset("mini")
 NS_NETS = [name for name, r in RECIPES.items() if r.kind == "nsnet"]
@@ -93,6 +95,17 @@ def test_bfloat16_tower_learns_the_same(recompute, monkeypatch):
         net.zero_grad()
     assert not torch.equal(*gradients)                                  # it was computed in low precision
     assert torch.cosine_similarity(*gradients, dim=0) > .99
+
+
+def test_precisions_are_kept_apart(monkeypatch):
+    "Features, runs and scores of one precision are never taken for those of the other."
+    recipe, net, _ = system("advanced")
+    backbone, index = load_backbone("mini", "cpu"), pd.DataFrame([["a", 0, "train", "a ring"]], columns=["sha256", "label", "split", "caption"])
+    detector, marks = Detector(recipe, Setup.of(PRESET), backbone, net, .5), []
+    for low in (False, True):
+        monkeypatch.setattr(clip, "has_bf16", lambda device: low)
+        marks.append([tower_fingerprint(backbone), run_key(recipe, detector.setup, index, backbone, 0), detector.fingerprint()])
+    assert all(single != half for single, half in zip(*marks)) and marks[0][0] == backbone.fingerprint()
 
 
 def test_half_precision_describes_as_single_does(tmp_path):

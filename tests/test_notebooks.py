@@ -53,6 +53,13 @@ def test_readme_shows_the_committed_table():
     assert (REPO/"reports/table1-full/summary.md").read_text().strip() in (REPO/"README.md").read_text()
 
 
+def test_links_lead_somewhere():
+    "From where each file lies: notebooks, README and the reports' index."
+    for file in [*COMPONENTS, *STUDIES, REPO/"nbs/index.ipynb", REPO/"README.md", REPO/"reports/README.md"]:
+        text = file.read_text() if file.suffix == ".md" else "\n".join(c.source for c in nbformat.read(file, 4).cells if c.cell_type == "markdown")
+        for link in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text): assert (file.parent/link).exists(), f"{file.name}: {link}"
+
+
 @pytest.mark.parametrize("notebook", COMPONENTS, **by_name)
 def test_component_imports_only_what_comes_before_it(notebook):
     module = notebook.stem[3:]
