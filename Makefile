@@ -1,13 +1,13 @@
 # Two commands do everything: `make study` and `make test`. Both install on first use, into .venv.
 PYTHON ?= python3
 READY := .venv/.ready
-STUDY := python -m nsnet.chain
+STUDY := python -m nsnet.study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini rehearsal speed versions test sync readme clean
+.PHONY: study study-full mini mini-detector rehearsal speed versions test sync readme clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
-study study-full: export OMP_NUM_THREADS = 1
+study study-full mini-detector: export OMP_NUM_THREADS = 1
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
@@ -21,11 +21,15 @@ study-full: $(READY)
 mini: $(READY)
 	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini
 
+# Train the detector that ships, on the mini world as it is (minutes): nsnet/assets/mini/detector/ and reports/mini_detector/
+mini-detector: $(READY)
+	$(STUDY) mini_detector scale=real out=reports/mini_detector assets=nsnet/assets/mini/detector
+
 # The dalle preset with ViT-L/14 and BLIP-base in full size, random weights and no network: reports/rehearsal/
 rehearsal: $(READY)
-	$(STUDY) rehearsal scale=real per_class=24 n_train=20 systems= out=reports/rehearsal
+	$(STUDY) rehearsal scale=real per_class=24 n_train=20 systems=all out=reports/rehearsal
 
-# Images a second and memory, on the graphics card where there is one: reports/speed/
+# Images per second and memory, on the GPU where there is one: reports/speed/
 speed: $(READY)
 	$(STUDY) speed scale=real out=reports/speed
 

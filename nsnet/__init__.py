@@ -2,9 +2,11 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-_HOMES = dict(open_image="images", select_patches="patches", spectral_entropy="patches", index_folder="datasets", index_any="datasets",
-              split="datasets", caption="captions", load_backbone="clip", global_projection="nullspace", project_per_sample="nullspace",
-              NSNet="model", evaluate="metrics", best_threshold="metrics", recipe="recipes", Detector="detect", run_study="chain")
+_HOMES = dict(
+    open_image="images", index_folder="index", split="index", index_any="benchmarks", caption="captions",
+    spectral_entropy="patches", select_patches="patches", load_backbone="clip",
+    global_projection="nullspace", project_per_sample="nullspace", NSNet="model", evaluate="metrics",
+    recipe="config", preset="config", Detector="detector", train="training", run_study="study")
 __all__ = list(_HOMES)
 
 

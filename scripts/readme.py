@@ -21,12 +21,12 @@ def render(notebook: Path) -> str:
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     text = MarkdownExporter(config=TAGS).from_notebook_node(nb)[0]
     text = re.sub(r"\]\((?:\.\./)+", "](", text)
-    text = re.sub(r"\]\((?!https?:|#|/)([\w./-]+\.ipynb)", lambda m: "](" + _from_top(m[1]), text)
+    text = re.sub(r"\]\((?!https?:|#|/)([\w./-]+)", lambda m: "](" + _from_top(m[1]), text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _from_top(link: str) -> str:
-    "A link to a notebook, from the top: what lies beside the index lies in nbs/."
+    "A link from the top: what lies beside the index lies in nbs/."
     return link if (REPO/link).exists() or not (REPO/"nbs"/link).exists() else f"nbs/{link}"
 
 

@@ -25,17 +25,18 @@ def address(root: Path) -> None:
 
 
 def generate(root: Path) -> None:
-    "Remove every generated module of a checkout, export all notebooks, clean them, render the README."
+    "Remove every generated module of a checkout, draw the diagram, export and clean all notebooks, render the README."
     address(root)
     for module in (root/"nsnet").glob("*.py"):
         if module.name != "__init__.py": module.unlink()
+    subprocess.run([sys.executable, root/"scripts/diagram.py", root/"nbs/images/method.svg"], check=True)
     for command in ("nbdev-export", "nbdev-clean"): subprocess.run([command], cwd=root, check=True)
     subprocess.run([sys.executable, root/"scripts/readme.py"], cwd=root, check=True)
 
 
 def files(root: Path) -> set[Path]:
-    "Notebooks, modules and the README of a checkout."
-    found = {p.relative_to(root) for part in ("nbs", "nsnet") for p in (root/part).rglob("*") if p.suffix in (".ipynb", ".py")}
+    "Notebooks, the diagram, modules and the README of a checkout."
+    found = {p.relative_to(root) for part in ("nbs", "nsnet") for p in (root/part).rglob("*") if p.suffix in (".ipynb", ".py", ".svg")}
     return {p for p in found if ".ipynb_checkpoints" not in p.parts} | {Path("README.md")}
 
 

@@ -6,7 +6,7 @@ import time
 import psutil
 
 SERVER = multiprocessing.get_context("forkserver")   # imports once, hands out clean processes
-SERVER.set_forkserver_preload(["nsnet.captions", "nsnet.train", "nsnet.detect", "open_clip", "peft", "accelerate", "sklearn.metrics",
+SERVER.set_forkserver_preload(["nsnet.captions", "nsnet.training", "nsnet.detector", "open_clip", "peft", "accelerate", "sklearn.metrics",
                                "transformers.models.blip.modeling_blip", "transformers.models.blip.processing_blip", "transformers.generation"])
 
 

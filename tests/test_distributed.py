@@ -1,13 +1,16 @@
 "Two gloo processes with a part of the batch each compute the loss and the gradients of one process with the whole batch."
-import pytest, torch, torch.distributed as dist
+import pytest
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from nsnet.losses import nsnet_loss
 from nsnet.model import NSNet
 
 D, WORLD = 16, 2
 # rows of each process in three steps of an epoch: full batches, then an uneven rest
 EPOCHS = {"even": [(4, 4), (4, 4), (2, 2)], "uneven": [(4, 4), (5, 3), (2, 1)], "empty": [(4, 4), (4, 4), (3, 0)]}
-LOSSES = {"supcon": dict(contrastive="supcon"), "as_released": dict(contrastive="as_released", reduction="sum", beta=.01)}
+LOSSES = {"supcon": dict(contrastive="supcon"), "as_released": dict(contrastive="as_released", align_reduction="sum", align_weight=.01)}
 
 
 def make_net(projection="per_sample"):
@@ -30,7 +33,7 @@ def train(net, parts, options, rank=None):
         own = slice(None) if rank is None else slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
         x, v, y = (t[own] for t in make_batch(step, sum(sizes)))
         out = net(x, v)
-        terms = nsnet_loss(out.f, out.logit, y, out.m, out.u, gather=rank is not None, **options)
+        terms = nsnet_loss(out.f, out.logits, y, out.m, out.u, gather=rank is not None, **options)
         opt.zero_grad(); terms.total.backward(); opt.step()
         grads = {name.removeprefix("module."): p.grad.clone() for name, p in net.named_parameters()}
         trace.append((torch.stack([t.detach() for t in terms]), grads))
@@ -71,5 +74,5 @@ def test_without_gathering_they_are_not_one():
     net, (x, v, y) = make_net(), make_batch(1, 8)
     def total(rows):
         out = net(x[rows], v[rows])
-        return nsnet_loss(out.f, out.logit, y[rows], out.m, out.u).total
+        return nsnet_loss(out.f, out.logits, y[rows], out.m, out.u).total
     assert abs((total(slice(0, 5)) + total(slice(5, 8))) / 2 - total(slice(None))) > 1e-2

@@ -1,5 +1,6 @@
 "The built wheel works in an environment of its own, far from the checkout."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def away(tmp_path, monkeypatch):
 def test_package_stands_alone(installed, away):
     where = run(installed, "-c", "import nsnet; print(nsnet.__file__)", cwd=away).strip()
     assert Path(where).is_relative_to(installed.parents[1])
-    found = run(installed, "-c", "from nsnet.chain import find_study; from nsnet.mini import asset; print(find_study('table1'), asset('clip'), asset('blip'))", cwd=away)
+    found = run(installed, "-c", "from nsnet.storage import asset; from nsnet.study import find_study; print(find_study('table1'), asset('clip'), asset('blip'))", cwd=away)
     assert all(Path(path).is_relative_to(Path(where).parent) for path in found.split())
 
 
@@ -76,18 +77,42 @@ def test_wheel_is_small(wheel):
 
 
 def test_study_runs_from_the_wheel(installed, away):
-    out = run(installed, "-m", "nsnet.chain", "table1", "systems=linear_probe,no_projection,advanced", "out=out", "data=data", cwd=away)
+    out = run(installed, "-m", "nsnet.study", "table1", "systems=linear_probe,no_projection,advanced", "out=out", "data=data", cwd=away)
     assert "table1.ipynb" in out
     assert {"table1.csv", "scores.csv", "table1.ipynb"} <= {p.name for p in (away/"out").iterdir()}
     assert str(REPO) not in (away/"out/table1.ipynb").read_text()
 
 
-@pytest.mark.parametrize("preset, more", [("smoke", "rule=resize; side=96"), pytest.param("mini", "", marks=pytest.mark.slow)])
-def test_colab_notebook_runs_from_the_wheel(preset, more, installed, away):
-    "As papermill runs it, far from the checkout: no download, no graphics card, and the table and figures at the end."
-    where = Path(run(installed, "-c", "from nsnet.chain import find_study; print(find_study('colab'))", cwd=away).strip())
-    run(installed, "-m", "papermill", where, "colab.ipynb", "-k", "python3", "-p", "preset", preset, "-p", "more", more, "-p", "systems", "advanced,linear_probe", cwd=away)
-    assert {"table1.csv", "scores.csv", "summary.md", "table1.ipynb"} <= {p.name for p in (away/"data/colab").iterdir()}
-    shown = [o for c in nbformat.read(away/"colab.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in shown) >= 6 and any("| advanced |" in str(o.get("data", {}).get("text/markdown")) for o in shown)
+@pytest.mark.parametrize("preset, more", [(None, dict(rule="resize", side=96)), pytest.param("mini", {}, marks=pytest.mark.slow)])
+def test_plain_papermill_runs_table1_from_the_wheel(preset, more, installed, away):
+    "As the README says it, far from the checkout: no download, no GPU, and the table and figures in the notebook."
+    where = Path(run(installed, "-c", "from nsnet.study import find_study; print(find_study('table1'))", cwd=away).strip())
+    settings = dict(preset=preset, systems="advanced,linear_probe", out="out") | more
+    options = [word for name, value in settings.items() for word in ("-p", name, value)]
+    run(installed, "-m", "papermill", where, "executed.ipynb", "-k", "python3", *options, cwd=away)
+    assert {"table1.csv", "scores.csv", "summary.md", "run.json"} <= {p.name for p in (away/"out").iterdir()}
+    cells = [c for c in nbformat.read(away/"executed.ipynb", 4).cells if c.cell_type == "code"]
+    shown = [o for c in cells for o in c.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in shown) >= 8
+    assert any("| advanced |" in str(o.get("data", {}).get("text/markdown")) for o in shown)
     assert "OWNER" not in str(shown) and not any(o.output_type == "error" for o in shown)
+
+
+def test_colab_gets_what_it_needs():
+    "Badge, guarded installation, and all of Colab's own modules behind a condition."
+    cells = nbformat.read(REPO/"nbs/studies/table1.ipynb", 4).cells
+    assert re.match(r"\[!\[Open in Colab\].+/github/[\w.-]+/nsnet/blob/main/nbs/studies/table1.ipynb\)", cells[0].source)
+    install = next(c.source for c in cells if c.source.startswith("!"))
+    assert install.startswith("! [ -e /content ] && pip install") and "git+https://github.com/" in install
+    for cell in cells:
+        if cell.cell_type == "code" and "from google.colab" in cell.source: assert "if p.drive:" in cell.source
+
+
+def test_colab_refuses_before_anything_slow(installed, away, monkeypatch):
+    "In Colab the preset is the paper's experiment, and without a GPU it says at once what to do."
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code = "from nsnet import run_study; run_study('table1', out='out', progress=False)"
+    done = subprocess.run([installed, "-c", code], cwd=away, capture_output=True, text=True)
+    assert "no GPU: choose one under Runtime" in done.stderr and not (away/"data").exists()
+    assert "ViT-L-14/openai" in str(nbformat.read(away/"out/table1.failed.ipynb", 4).cells)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nsnet import datasets
+from nsnet import kaggle as nsnet_kaggle
+from nsnet.benchmarks import index_any
+from nsnet.formats import format_report
 
 NAME, KEY = "somebody", "a-key-that-must-not-be-shown"
 
@@ -79,7 +81,7 @@ def kaggle(monkeypatch, tmp_path):
     server.server_close()
 
 
-def get(tmp_path): return datasets.download_dalle(tmp_path/"data"/"dalle", progress=False, mounts=())
+def get(tmp_path): return nsnet_kaggle.download_dalle(tmp_path/"data"/"dalle", progress=False, mounts=())
 
 
 def test_colab_secrets(kaggle, monkeypatch, tmp_path, capfd):
@@ -91,17 +93,18 @@ def test_colab_secrets(kaggle, monkeypatch, tmp_path, capfd):
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(userdata=userdata))
     with pytest.raises(ValueError, match="no valid Kaggle credentials"): get(tmp_path)
     assert asked == []
-    monkeypatch.setattr(datasets, "_somebody_there", lambda: True)
+    monkeypatch.setattr(nsnet_kaggle, "_is_interactive", lambda: True)
     monkeypatch.setenv("KAGGLE_USERNAME", "x"); monkeypatch.delenv("KAGGLE_USERNAME")     # both are taken away again afterwards
     monkeypatch.setenv("KAGGLE_KEY", "x"); monkeypatch.delenv("KAGGLE_KEY")
-    with pytest.warns(UserWarning, match="format"): datasets.index_dalle(get(tmp_path), progress=False)
+    assert len(index_any(get(tmp_path), progress=False)) == 12
     assert "KAGGLE_USERNAME" in asked and KEY not in "".join(capfd.readouterr())
 
 
 def test_download_and_index(kaggle, tmp_path):
     root = get(tmp_path)
-    with pytest.warns(UserWarning, match="format"): index = datasets.index_dalle(root, progress=False)
+    index = index_any(root, progress=False)
     assert index.groupby(["label", "generator"]).size().to_dict() == {(0, "real"): 6, (1, "dalle"): 6}
+    with pytest.warns(UserWarning, match="format"): format_report(index, root)
     assert get(tmp_path) == root and kaggle.asked == 1                  # a second call asks nobody
     assert [p.name for p in root.parent.iterdir()] == ["dalle"]         # and nothing is left over
 
@@ -132,7 +135,7 @@ def test_without_credentials(kaggle, tmp_path, monkeypatch, capsys, missing):
 def test_without_credentials_in_a_notebook(kaggle, tmp_path):
     "IPython hides exit(), with which the client gives up."
     env = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE_")}
-    code = f"from nsnet.datasets import download_dalle; download_dalle({str(tmp_path/'dalle')!r}, mounts=())"
+    code = f"from nsnet.kaggle import download_dalle; download_dalle({str(tmp_path/'dalle')!r}, mounts=())"
     said = subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c", code], env=env, capture_output=True, text=True).stdout
     assert "ValueError: no valid Kaggle credentials: make a token at kaggle.com" in said
 
@@ -151,7 +154,7 @@ def test_wrong_credentials(kaggle, tmp_path, monkeypatch, capsys):
 
 
 def test_full_disk(kaggle, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=10**6)))
+    monkeypatch.setattr(nsnet_kaggle.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=10**6)))
     with pytest.raises(ValueError, match="0.0 GB are free"): get(tmp_path)
     assert not list((tmp_path/"data").glob("*"))
 

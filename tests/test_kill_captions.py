@@ -9,7 +9,7 @@ from PIL import Image
 
 from killing import finish, kill, lines, start
 from nsnet.captions import Captioner, caption, load_captioner
-from nsnet.datasets import index_folder, save_index
+from nsnet.index import index_folder, save_index
 
 BATCH, IMAGES = 4, 40
 
@@ -27,7 +27,7 @@ def run(work, out):
     os.chdir(out)
     captioner = Logged(**vars(load_captioner(work/"blip", device="cpu", max_new_tokens=8)))
     index = index_folder(work/"images", progress=False)
-    save_index(caption(index, captioner, "captions.jsonl", batch_size=BATCH, progress=False), "index.csv")
+    save_index(caption(index, work/"images", captioner, "captions.jsonl", batch_size=BATCH, progress=False), "index.csv")
 
 
 def make_blip(directory):

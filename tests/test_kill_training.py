@@ -6,31 +6,31 @@ import pytest
 from PIL import Image
 
 from killing import finish, kill, lines, start
-from nsnet.datasets import index_folder, split
-from nsnet.recipes import preset, recipe_for
+from nsnet.config import preset, recipe_for
+from nsnet.index import index_folder, split
 
 PRESET = preset("smoke")
 RECIPE = recipe_for("advanced", PRESET, epochs=4, batch_size=8, dropout=.1)
-RESULT = ("model.safetensors", "config.json", "history.csv", "validation.csv", "run.json", "scores")
+RESULT = ("model.safetensors", "config.json", "README.md", "history.csv", "validation.csv", "run.json", "scores")
 
 
 def run(images, out):
     "Train and score: what the processes that are killed are busy with. Every step is noted before it is taken."
     import torch
-    import nsnet.train
+    import nsnet.training
     torch.set_num_threads(1)
-    take_step = nsnet.train.train_step
+    take_step = nsnet.training.train_step
 
     def noted(*args):
         with open(out/"steps", "a") as file: file.write("step\n")
         time.sleep(0.02)
         return take_step(*args)
 
-    nsnet.train.train_step = noted
+    nsnet.training.train_step = noted
     index = split(index_folder(images, progress=False))
     index["caption"] = [f"a {color} ball on grass at noon" for color in np.resize(["red", "blue", "white"], len(index))]
-    detector = nsnet.train.train(RECIPE, index, PRESET, seed=1, out=out, progress=False)
-    (out/"scores").write_text("\n".join(detector.score(index[index.split == "test"]).score.map(repr)))
+    detector = nsnet.training.train(RECIPE, index, images, PRESET, seed=1, out=out, progress=False)
+    (out/"scores").write_text("\n".join(detector.score(index[index.split == "test"], root=images).score.map(repr)))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_finished_training_is_only_read(images, whole):
 
 def test_half_a_checkpoint_is_no_riddle(images, whole, tmp_path):
     "A damaged file is named, in one line; and no temporary file is taken for a checkpoint."
-    from nsnet.train import load_checkpoint
+    from nsnet.training import _load_checkpoint
     (tmp_path/"checkpoint.safetensors").write_bytes((whole/"model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a readable checkpoint") as refusal: load_checkpoint(tmp_path/"checkpoint.safetensors", None, None, "")
+    with pytest.raises(ValueError, match="is damaged") as refusal: _load_checkpoint(tmp_path/"checkpoint.safetensors", None, None, "")
     assert "\n" not in str(refusal.value)

@@ -6,20 +6,26 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from nsnet.clip import load_backbone
-from nsnet.datasets import index_mini, root_of, split
+from nsnet.config import recipe
+from nsnet.generators import GENERATORS, index_mini, one_feature_rules
 from nsnet.images import open_image
-from nsnet.mini import ASSETS, GENERATORS, one_feature_rules
-from nsnet.recipes import preset, recipe
-from nsnet.train import train
+from nsnet.index import split
+from nsnet.storage import asset
+from nsnet.training import train
 
-PRESET = preset("mini")
 N_TRAIN, N_TEST = 200, 100
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def root(tmp_path_factory):
+    "The folder of the world."
+    return tmp_path_factory.mktemp("mini")
+
+
+@pytest.fixture(scope="module")
+def world(root):
     "A small sample of the world, drawn anew with the shipped weights."
-    return split(index_mini(tmp_path_factory.mktemp("mini"), N_TRAIN, N_TEST, seed=1, progress=False))
+    return split(index_mini(root, N_TRAIN, N_TEST, seed=1, progress=False))
 
 
 def rows_of(world, generator):
@@ -27,29 +33,29 @@ def rows_of(world, generator):
     return world[world.split.eq("test") & world.generator.isin(["real", generator])]
 
 
-def scores(world, name, **changes):
+def scores(world, root, name, **changes):
     "A linear baseline fitted to the training images, and its scores of the seen generator's test images."
-    detector = train(recipe(name, **changes), world, PRESET, backbone=load_backbone("mini"), progress=False)
+    detector = train(recipe(name, **changes), world, root, backbone=load_backbone("mini"), progress=False)
     rows = rows_of(world, "deconv")
-    return rows.label.to_numpy(), detector.score(rows).score.to_numpy()
+    return rows.label.to_numpy(), detector.score(rows, root=root).score.to_numpy()
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_no_single_number_tells(world, generator):
-    rows, root = rows_of(world, generator), root_of(world)
+def test_no_single_number_tells(world, root, generator):
+    rows = rows_of(world, generator)
     pixels = np.stack([np.asarray(open_image(root/p)) for p in rows.path])
     rules = one_feature_rules(pixels, np.array([os.path.getsize(root/p) for p in rows.path]))
     found = {name: roc_auc_score(rows.label, rules[name]) for name in rules}
     assert all(max(a, 1 - a) <= .9 for a in found.values()), found
 
 
-def test_spectrum_gives_it_away(world):
-    y, score = scores(world, "spectrum_probe")
+def test_spectrum_gives_it_away(world, root):
+    y, score = scores(world, root, "spectrum_probe")
     assert roc_auc_score(y, score) >= .95
 
 
-def test_frozen_clip_sees_it_partly(world):
-    y, score = scores(world, "linear_probe", patches="spectral")
+def test_frozen_clip_sees_it_partly(world, root):
+    y, score = scores(world, root, "linear_probe", patches="spectral")
     accuracy = ((score >= .5) == y).mean()
     assert .6 <= accuracy <= .95, accuracy
 
@@ -63,4 +69,4 @@ def test_contents_say_nothing_about_the_label(world):
 
 
 def test_weights_are_small():
-    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 12e6
+    assert sum(f.stat().st_size for f in asset("").rglob("*") if f.is_file()) <= 12e6

@@ -2,16 +2,18 @@
 import pytest
 import torch
 
-from nsnet import train as training
+from nsnet import training
 from nsnet.clip import load_backbone
-from nsnet.recipes import preset, recipe_for
+from nsnet.config import preset, recipe_for
+from nsnet.inference import build_network, trained_state
 
 BACKBONE = load_backbone("mini", "cpu")
 SETTINGS = {
     "lora": dict(),
-    "parts and dropout": dict(accumulate=2, lora_dropout=.2, optimizer="adam", schedule="constant", weight_decay=.01, checkpoint_blocks=True, reshuffle=True),
-    "no mapper": dict(projection="none", mapper=False, beta=0., select="last"),
-    "frozen": dict(lora_rank=0, contrastive="as_released", logit_on="raw", reduction="sum", beta=.01),
+    "parts and dropout": dict(gradient_accumulation=2, lora_dropout=.2, optimizer="adam", schedule="constant", weight_decay=.01,
+                              gradient_checkpointing=True, reshuffle=True),
+    "no mapper": dict(projection="none", mapper=False, align_weight=0., select="last"),
+    "frozen": dict(lora_rank=0, contrastive="as_released", logits_on="raw", align_reduction="sum", align_weight=.01),
 }
 
 
@@ -24,17 +26,19 @@ def parts_for(recipe):
     "20 training and 10 validation images of noise, canvases or features."
     g = torch.Generator().manual_seed(0)
     def part(n):
-        x = torch.randint(256, (n, BACKBONE.size, BACKBONE.size, 3), generator=g, dtype=torch.uint8) if recipe.lora_rank else torch.randn(n, BACKBONE.dim, generator=g)
-        return training.Part(x, torch.arange(n).remainder(2).float(), torch.randn(n, BACKBONE.dim, generator=g), patch=16)
+        side, d = BACKBONE.image_size, BACKBONE.embed_dim
+        if recipe.lora_rank: x = torch.randint(256, (n, side, side, 3), generator=g, dtype=torch.uint8)
+        else: x = torch.randn(n, d, generator=g)
+        return training.Part(x, torch.arange(n).remainder(2).float(), torch.randn(n, d, generator=g), patch=16)
     return {"train": part(20), "val": part(10)}
 
 
 def fit(recipe, **options):
     "Loss trace, validation, best epoch and weights of a run."
     torch.manual_seed(0)
-    net = training.build_net(recipe, BACKBONE)
+    net = build_network(recipe, BACKBONE)
     run = training.fit(net, parts_for(recipe), recipe, seed=3, progress=False, **options)
-    return run["history"], run["validation"], run["best_epoch"], training.trained_state(net)
+    return run["history"], run["validation"], run["best_epoch"], trained_state(net)
 
 
 def same(a, b):
@@ -59,7 +63,7 @@ def fit_until(step, monkeypatch, recipe, **options):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_same_course_after_interruptions(setting, tmp_path, monkeypatch):
     "Twice interrupted, each time some steps after the last checkpoint."
-    recipe, options = recipe_with(setting), dict(checkpoint=tmp_path/"c.safetensors", every=2, key="a")
+    recipe, options = recipe_with(setting), dict(checkpoint=tmp_path/"c.safetensors", checkpoint_every=2, key="a")
     whole = fit(recipe)
     assert len(whole[0]) == 9 and len({h["total"] for h in whole[0]}) == 9
     fit_until(5, monkeypatch, recipe, **options)      # step 4 is the last that is kept
@@ -69,6 +73,6 @@ def test_same_course_after_interruptions(setting, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 3, 8])
 def test_same_course_from_any_step(step, tmp_path, monkeypatch):
-    recipe, options = recipe_with("lora"), dict(checkpoint=tmp_path/"c.safetensors", every=1)
+    recipe, options = recipe_with("lora"), dict(checkpoint=tmp_path/"c.safetensors", checkpoint_every=1)
     fit_until(step, monkeypatch, recipe, **options)
     assert same(fit(recipe, **options), fit(recipe))

@@ -12,13 +12,13 @@ import papermill
 import pytest
 from PIL import Image
 
-from nsnet.chain import parameters_of, run_study
 from nsnet.images import content_hash
 from nsnet.metrics import evaluate
+from nsnet.study import parameters_of, run_study
 
 REPO = Path(__file__).resolve().parents[1]
 WILD = REPO.parent/"shared/wild"
-FIGURES = {"patches", "training", "roc_pr", "confusion", "tsne", "generators"}
+FIGURES = {"spectrum", "patches", "training", "generators", "scores", "curves", "errors", "removed", "tsne", "explained"}
 
 
 def study(folder, out="out", data="data", **params):
@@ -60,12 +60,12 @@ def complete(out):
 
 
 def test_second_run_only_reads(smoke):
-    folder, first = smoke
-    second = study(folder, "again")
+    folder, _ = smoke
+    study(folder, "again")
     complete(folder/"again")
     assert same_tables(folder/"out", folder/"again")
     seconds = [json.loads((folder/out/"run.json").read_text())["seconds"] for out in ("out", "again")]
-    assert second < first and seconds[1]["train"] < seconds[0]["train"] / 3
+    assert seconds[1]["train"] < seconds[0]["train"] / 3
 
 
 def test_same_seed_from_nothing(smoke, tmp_path):
@@ -101,7 +101,8 @@ def test_misspelt_parameter_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name, value, said", [
     ("seeds", "0,,1", "whole numbers are expected"), ("canvas", 100, "with patches of 8, 16, 32"),
-    ("n_train", -5, "a whole number from 0 is expected"), ("epochs", "two", "epochs='two': int expected")])
+    ("n_train", -5, "n_train=-5: a whole number from 1"), ("epochs", "two", "epochs='two': int expected"),
+    ("fields", "temprature=.1", "'temprature': one of"), ("rule", "crop", "a size in pixels is needed")])
 def test_plain_papermill_refuses_nonsense_before_anything_slow(tmp_path, name, value, said):
     with pytest.raises(papermill.PapermillExecutionError, match=said):
         papermill.execute_notebook(REPO/"nbs/studies/table1.ipynb", tmp_path/"out.ipynb", {name: value, "data": str(tmp_path/"data")}, progress_bar=False)
@@ -110,13 +111,16 @@ def test_plain_papermill_refuses_nonsense_before_anything_slow(tmp_path, name, v
 
 def test_plain_papermill(tmp_path):
     "The command of the README, with a rank of one's own for the main system."
-    set_to = dict(seeds=7, projection="global", null_rank=16, systems="advanced,no_projection", data="data", out="out")
+    set_to = dict(seeds=7, projection="global", null_rank=16, systems="advanced,no_projection", fields="temperature=0.1, optimizer=adamw",
+                  lora_rank=None, data="data", out="out")
     command = [sys.executable, "-m", "papermill", REPO/"nbs/studies/table1.ipynb", "out.ipynb", "--no-progress-bar"]
     for name, value in set_to.items(): command += ["-p", name, str(value)]
     subprocess.run(list(map(str, command)), cwd=tmp_path, check=True, capture_output=True, timeout=300)
     scores = pd.read_csv(tmp_path/"out/scores.csv")
     assert set(scores.seed) == {7} and set(scores.system) == {"advanced", "no_projection"}
     assert set(set_to) <= parameters_of("table1").keys()
+    settings = json.loads((tmp_path/"out/run.json").read_text())["parameters"]
+    assert settings["null_rank"] == 16 and settings["lora_rank"] is None and settings["seeds"] == "7"
 
 
 def picture(seed, size=(96, 80)):
@@ -186,6 +190,10 @@ def test_seen_generator_that_is_not_tested(tmp_path):
     assert set(scores.generator) == {"real", "R3GAN", "SDXL"}
     table = (tmp_path/"out/table1.md").read_text()
     assert "R3GAN (unseen)" in table and "(paper)" not in table and "(seen)" not in table
+
+
+def test_executed_notebook_is_small(smoke):
+    assert (smoke[0]/"out/table1.ipynb").stat().st_size < 600_000
 
 
 def test_real_pictures(tmp_path):

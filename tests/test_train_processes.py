@@ -10,14 +10,15 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-from nsnet.datasets import index_folder
-from nsnet.detect import Detector
-from nsnet.recipes import preset, recipe_for
-from nsnet.train import train
+from nsnet.config import preset, recipe_for
+from nsnet.detector import Detector
+from nsnet.index import index_folder
+from nsnet.training import train
 
 PRESET = preset("smoke")
 SYSTEMS = {name: recipe_for(name, PRESET, **changes) for name, changes in {
-    "advanced": dict(epochs=2, batch_size=8, accumulate=2, lora_rank=2, dropout=0.), "ns_net": dict(epochs=2, batch_size=8, lora_rank=0, null_rank=8, energy=0.),
+    "advanced": dict(epochs=2, batch_size=8, gradient_accumulation=2, lora_rank=2, dropout=0.),
+    "ns_net": dict(epochs=2, batch_size=8, lora_rank=0, null_rank=8),
     "advanced_as_released": dict(epochs=2, dropout=0.), "linear_probe": {}}.items()}
 
 
@@ -36,7 +37,7 @@ def images(folder):
 def run(folder, out, cache):
     "Train every system; the index is the same in every process."
     index = pd.read_json(folder/"index.json").fillna("")
-    return {name: train(r, index, PRESET, "mini", root=folder, seed=1, out=out/name, cache=cache, progress=False) for name, r in SYSTEMS.items()}
+    return {name: train(r, index, folder, PRESET, seed=1, out=out/name, cache=cache, progress=False) for name, r in SYSTEMS.items()}
 
 
 def work(rank, port, folder, out):
@@ -48,7 +49,7 @@ def work(rank, port, folder, out):
 
 
 def work_alone(rank, folder, out):
-    "The one process that they are compared with: on a processor like them, also where there is a card."
+    "The one process that they are compared with: on a processor like them, also where there is a GPU."
     os.environ.update(CUDA_VISIBLE_DEVICES="")
     run(folder, out, None)
 
