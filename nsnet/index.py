@@ -138,16 +138,15 @@ def _refuse_contradictions(folders, root: str | Path, labels: dict) -> None:
             if len(ways := sorted(said & kind)) > 1: raise ValueError(
                 f"{root}: the images in {folder} can be read in two ways, as {' and as '.join(ways)}; rename a folder")
 
-# %% ../nbs/03_index.ipynb #6f21c1c1
+# %% ../nbs/03_index.ipynb #0fae8a70
 def _unknown(root: str | Path, files: list[str], what: str) -> ValueError:
     "The error for folders nobody understands: it names them and shows how to say what they mean."
     if not files: return ValueError(f"{root}: no images in this folder")
     folders = sorted({f.rpartition("/")[0] or "." for f in files})
     names = [n for n in dict.fromkeys(f.rpartition("/")[2] for f in folders) if n != "." and n.lower() not in _SPLITS]
-    a, b = [*names, "photos", "generated"][:2]
-    first = _RARE_LABELS.get(a.lower(), 1 - _RARE_LABELS.get(b.lower(), 1))
-    return ValueError(f"{root}: {what}; it has {len(files)} images in {', '.join(folders[:6])}. If folders have other "
-                      f"names for real (0) and generated (1), say so: labels={dict([(a, first), (b, 1 - first)])}")
+    names = ", ".join(f"{name!r}: 0 or 1" for name in names[:4] if name.lower() not in ("real", "fake"))
+    hint = f"; if folders have other names for real (0) and generated (1), say so: labels={{{names}}}" if names else ""
+    return ValueError(f"{root}: {what}; it has {len(files)} images in {', '.join(folders[:6])}{hint}")
 
 def _refuse_unusable(rows: pd.DataFrame, root: str | Path, name: str, files: list[str]) -> None:
     "Raise ValueError unless there are images of both labels, and a split for all of them or for none."

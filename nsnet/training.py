@@ -90,12 +90,12 @@ def _reshuffled(canvases: Tensor, patch: int) -> Tensor:
     x = x[torch.arange(len(x))[:, None], order]
     return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/22_training.ipynb #1a97bc71
+# %% ../nbs/22_training.ipynb #a4a9c54d
 def train_step(
     net: torch.nn.Module,         # NSNet, or what accelerate made of it
     optimizer: torch.optim.Optimizer,
     part: Part,                   # the training images
-    chosen: Tensor,               # numbers of those of this step, by number
+    chosen: Tensor,               # indices of the images of this step
     recipe: Recipe,
     accelerator,                  # accelerate's Accelerator
 ) -> dict[str, float]:            # total, contrastive, bce, alignment (eq. 21)
