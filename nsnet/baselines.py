@@ -11,7 +11,7 @@ import scipy.fft
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/16_baselines.ipynb #c117eb81
+# %% ../nbs/16_baselines.ipynb #62ea3052
 def _fit_logistic(X, y, seed):
     "StandardScaler and LogisticRegression fitted to all data, with the C of least cross-validated log loss."
     from sklearn.linear_model import LogisticRegression
@@ -25,6 +25,7 @@ def _fit_logistic(X, y, seed):
     search = GridSearchCV(pipe, {"logisticregression__C": np.logspace(-4, 1, 6)}, scoring="neg_log_loss", cv=cv)
     return search.fit(X, y).best_estimator_
 
+# %% ../nbs/16_baselines.ipynb #a28eecbe
 class Probe(nn.Module):
     "Standardise, then one linear logit: logistic regression fitted by scikit-learn."
     def __init__(self,

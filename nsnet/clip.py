@@ -122,7 +122,7 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #bb5715b5
+# %% ../nbs/11_clip.ipynb #529e2685
 def inference_batch_size(
     net: nn.Module,     # a tower or a network, with weights
 ) -> int:
@@ -139,6 +139,7 @@ def _fill(store, keys, batch_size, compute, desc, progress):
         store.add(batch, compute(full).float()[:len(batch)])
     return store.take(keys)
 
+# %% ../nbs/11_clip.ipynb #798080a4
 @torch.no_grad()
 def text_features(
     backbone: Backbone,

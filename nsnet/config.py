@@ -141,7 +141,7 @@ def parse_fields(
         if "=" not in part: raise ValueError(f"{part!r} sets no field: write field=value, several divided by commas")
     return {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in parts)}
 
-# %% ../nbs/18_config.ipynb #fd07ee9a
+# %% ../nbs/18_config.ipynb #f192edcf
 @dataclass(frozen=True)
 class Preset:
     "Which images, which models, how many, how long."
@@ -172,6 +172,7 @@ _PRESETS = {p.name: p for p in (
     Preset("any", "any", **_PAPER),
 )}
 
+# %% ../nbs/18_config.ipynb #1d21b462
 def preset(
     name: str,      # smoke, mini, folder, dalle or any
     **changes,      # see `override`

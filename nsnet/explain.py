@@ -40,7 +40,7 @@ def _occlusion_map(outputs: Callable, canvas: np.ndarray, patch: int) -> tuple[N
     effect = (out.logits[0] - out.logits[1:]).reshape(m, m).numpy()
     return NSNetOutput(*(None if t is None else t[:1] for t in out)), effect
 
-# %% ../nbs/20_explain.ipynb #599a33ff
+# %% ../nbs/20_explain.ipynb #2d635331
 def _headline(out: NSNetOutput, threshold: float, caption: str | None) -> str:
     "The score and its side of the threshold, the share that the projection removed, and the caption."
     score = out.logits[0].double().sigmoid().item()
@@ -60,6 +60,7 @@ def _draw_effect(ax, effect: np.ndarray) -> None:
 _EFFECT = "effect of each place of the canvas\nlogit − logit with that place occluded"
 _NOTE = "Not a map of forged regions: the canvas is shuffled, and each place is occluded alone, by its mean colour."
 
+# %% ../nbs/20_explain.ipynb #bad88f69
 def fig_explanation(
     image,                    # a PIL image, or (H, W, 3) uint8
     canvas: np.ndarray,       # (M, M, 3) uint8: what the network saw of it

@@ -74,7 +74,7 @@ def fig_patches(
         fig.suptitle("Chosen: the half of highest entropy (orange, solid) and the half of lowest (blue, dashed)")
     return fig
 
-# %% ../nbs/23_figures.ipynb #408c0883
+# %% ../nbs/23_figures.ipynb #f40f2a05
 _TERMS = dict(supcon="contrastive loss (eq. 18)", as_released="contrastive loss, as released",
               bce="BCE loss (eq. 19)", alignment="alignment loss (eq. 20)", val_accuracy="validation accuracy")
 
@@ -97,6 +97,7 @@ def _draw_term(axis, history: pd.DataFrame, column: str) -> dict:
     if column not in ("supcon", "val_accuracy"): axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     return ends
 
+# %% ../nbs/23_figures.ipynb #261e1011
 def fig_training(
     history: pd.DataFrame, # columns system, seed, epoch, val_accuracy and terms: supcon, as_released, bce, alignment
     floor: float | None = None, # what eq. 18 cannot fall below with these batches, see `losses.supcon_floor`
@@ -115,7 +116,7 @@ def fig_training(
         fig.suptitle(title)
     return fig
 
-# %% ../nbs/23_figures.ipynb #28f01643
+# %% ../nbs/23_figures.ipynb #156b471c
 def _generators(scores: pd.DataFrame) -> list[str]:
     "The generators of a table of scores, in their order."
     return list(scores.generator[scores.label.eq(1)].unique())
@@ -135,6 +136,7 @@ def _draw_forest(axis, rows: pd.DataFrame, metric: str, seeds: list[pd.DataFrame
     share = row["n_fake"] / (row["n_real"] + row["n_fake"])
     axis.axvline(.5 if metric == "auroc" else max(share, 1 - share), **_LINE)
 
+# %% ../nbs/23_figures.ipynb #3d113671
 def fig_generators(
     measured: pd.DataFrame, # from `report.table`
     scores: pd.DataFrame, # the long table, for the seeds

@@ -80,7 +80,7 @@ def balance_formats(
     balanced.attrs.update(index.attrs)
     return balanced
 
-# %% ../nbs/06_formats.ipynb #3db7aaf4
+# %% ../nbs/06_formats.ipynb #65dd09e3
 def _encode(files, rule, side, quality):
     "Write the second file from the first unless it exists. Raises ImageError when it cannot be opened or is too small."
     old, new = files
@@ -94,6 +94,7 @@ def _encode(files, rule, side, quality):
         image = image.crop((left, top, left + side, top + side))
     with atomic_write(new) as temporary: image.save(temporary, "JPEG", quality=quality)
 
+# %% ../nbs/06_formats.ipynb #2b4daae6
 def normalise_format(
     index: pd.DataFrame,      # an index
     root: str | Path,         # folder that its paths start from

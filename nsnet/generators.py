@@ -61,7 +61,7 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x): return self.decode(self.encode(x))
 
-# %% ../nbs/08_generators.ipynb #be29a195
+# %% ../nbs/08_generators.ipynb #d1239b7e
 class _TimeRes(nn.Module):
     "A residual block whose activations are scaled and shifted by an embedding of time and content."
     def __init__(self, c, emb):
@@ -74,6 +74,7 @@ class _TimeRes(nn.Module):
         scale, shift = self.embed(e)[..., None, None].chunk(2, 1)
         return x + self.b(F.silu(self.a(F.silu(self.norm(x)))*(1 + scale) + shift))
 
+# %% ../nbs/08_generators.ipynb #6aba8a77
 class Denoiser(nn.Module):
     "Predicts v from latents (B, latent, 32, 32), time t (B,) and contents (B, 4) as word indices."
     def __init__(self,

@@ -86,7 +86,7 @@ def _weighted_metrics(y: np.ndarray, score: np.ndarray, weights: np.ndarray, thr
                under_roc / (n_real * n_fake), allowed / n_fake, abs(weights @ surplus).sum(1) / (n_real + n_fake))
     return np.stack(columns, 1)
 
-# %% ../nbs/17_metrics.ipynb #b8a8283c
+# %% ../nbs/17_metrics.ipynb #5d75efcf
 def bootstrap(
     y: np.ndarray,           # (n,) labels, 0 real, 1 generated
     scores: np.ndarray,      # (S, n) probabilities of being generated, one row per seed of training
@@ -101,6 +101,7 @@ def bootstrap(
         draws.append(np.mean([_weighted_metrics(y, s, weights, t) for s, t in zip(scores, thresholds)], 0))
     return np.concatenate(draws)
 
+# %% ../nbs/17_metrics.ipynb #d40a9aac
 def _with_intervals(values: dict[str, float], draws: np.ndarray) -> dict[str, float]:
     "Add the 2.5 and 97.5 percentiles of the draws (R, 7) to the values."
     if not len(draws): return values

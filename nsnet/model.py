@@ -39,7 +39,7 @@ class ProjectionHead(nn.Sequential):
     ):
         super().__init__(nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
-# %% ../nbs/15_model.ipynb #4791d089
+# %% ../nbs/15_model.ipynb #45a3822f
 class NSNetOutput(NamedTuple):
     "What the losses, the detector and the figures need. In a network without mapper `m` is None."
     f: Tensor         # (B, head_out), rows of length one
@@ -58,6 +58,7 @@ def _checked_projector(P, d):
     raise ValueError(f"projection='global' needs P of shape ({d}, {d}) from nullspace.global_projection, got "
                      f"{None if P is None else tuple(P.shape)}")
 
+# %% ../nbs/15_model.ipynb #79bac6dc
 class NSNet(nn.Module):
     "Image embedding minus its semantics, then a head and a logit (eqs. 14-17 and 19)."
     def __init__(self,

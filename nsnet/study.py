@@ -102,7 +102,7 @@ def read_parameters(
     "The parameters of a running study in their types. Raises ValueError for a value of a wrong type."
     return SimpleNamespace(**_checked(notebook, {name: names.get(name) for name in parameters_of(notebook)}))
 
-# %% ../nbs/25_study.ipynb #50ab0c88
+# %% ../nbs/25_study.ipynb #b0d020d6
 _LARGE = 60_000    # bytes that a picture of a record may take
 
 def _encoded(image: Image.Image, **options) -> str:
@@ -132,6 +132,7 @@ def _tidy(notebook: Path, out: Path) -> None:
     nbformat.write(nb, notebook)
     os.replace(notebook, out)
 
+# %% ../nbs/25_study.ipynb #32a3b3ff
 def _execute(notebook: Path, out: Path, params: dict, progress: bool) -> None:
     "Run a notebook with papermill into `out`, written as it goes; a failing cell raises RuntimeError with one line."
     import papermill

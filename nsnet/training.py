@@ -27,7 +27,7 @@ from .losses import nsnet_loss
 from .metrics import calibrate_threshold, point_metrics
 from .storage import fingerprint
 
-# %% ../nbs/22_training.ipynb #d753db07
+# %% ../nbs/22_training.ipynb #0c3b6161
 @dataclass
 class Part:
     "The images of one split, ready for the network."
@@ -47,6 +47,7 @@ def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
         raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
     return used
 
+# %% ../nbs/22_training.ipynb #44b65c3a
 def prepare(
     index: pd.DataFrame,        # with split and caption
     root: str | Path,           # folder the paths start from
@@ -137,7 +138,7 @@ def _load_checkpoint(path, net, optimizer, key: str) -> tuple[dict, dict]:
         if state: optimizer.state[p] = {k: t.clone().to("cpu" if k == "step" else p.device) for k, t in state.items()}
     return run, named("best/")
 
-# %% ../nbs/22_training.ipynb #1394de66
+# %% ../nbs/22_training.ipynb #88e266b3
 def _probabilities(net, part: Part) -> np.ndarray:
     "Probabilities of being generated (n,) float64."
     return predict(net, part.x, part.v).logits.double().sigmoid().numpy()
@@ -164,6 +165,7 @@ def _optimizer(net, recipe: Recipe) -> torch.optim.Optimizer:
     kind = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[recipe.optimizer]
     return kind([p for p in net.parameters() if p.requires_grad], recipe.lr, weight_decay=recipe.weight_decay)
 
+# %% ../nbs/22_training.ipynb #8f4446ca
 def fit(
     net: torch.nn.Module,                 # NSNet, untrained
     parts: dict[str, Part],               # "train" and "val"
