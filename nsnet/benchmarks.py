@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['recognise', 'index_any', 'pairs']
 
-# %% ../nbs/05_benchmarks.ipynb #f8ae7e09
+# %% ../nbs/05_benchmarks.ipynb #cf1bac0b
 from pathlib import Path
 
 import pandas as pd
 
+from .images import _one_line
 from .index import LAYOUTS, Layout, _all_labels, _refuse_contradictions, _rows, _unknown, index_folder, list_images
 
 # %% ../nbs/05_benchmarks.ipynb #3aebb586
@@ -71,7 +72,7 @@ def _evidence(files: list[str], root: Path, name: str, labels: dict) -> tuple[tu
     if root.resolve().name.lower() in layout.tops.split(): told = len(rows)
     return ((told, len(rows)) if told or name in _GENERIC else (0, 0)), rows
 
-# %% ../nbs/05_benchmarks.ipynb #cc116326
+# %% ../nbs/05_benchmarks.ipynb #106f3ac4
 def _refuse_two_readings(root: str | Path, readings: dict[str, pd.DataFrame]) -> None:
     "Raise ValueError where a layout that fits as well says another label or split, or both generic layouts are mixed."
     (best, rows), *others = readings.items()
@@ -82,7 +83,8 @@ def _refuse_two_readings(root: str | Path, readings: dict[str, pd.DataFrame]) ->
         if {best, name} == set(_GENERIC): differ += sorted({*other.path} - {*rows.path})
         if not differ: continue
         ways = " and ".join(f"as {n!r} ({_says(r, differ[0])})" for n, r in ((best, rows), (name, other)))
-        raise ValueError(f"{root}: {differ[0]} can be read {ways}; decide with layout={best!r} or layout={name!r}")
+        raise ValueError(_one_line(
+            f"{root}: {differ[0]} can be read {ways}; decide with layout={best!r} or layout={name!r}"))
 
 def _says(rows: pd.DataFrame, path: str) -> str:
     "What a layout says of an image."
@@ -90,7 +92,7 @@ def _says(rows: pd.DataFrame, path: str) -> str:
     if not len(found): return "no part of it"
     return f"{('real', 'generated')[found.label.iloc[0]]}, {found.split.iloc[0] or 'no split'}"
 
-# %% ../nbs/05_benchmarks.ipynb #1c38595e
+# %% ../nbs/05_benchmarks.ipynb #8c37d33c
 def recognise(
     root: str | Path,            # folder of some collection
     labels: dict | None = None,  # further names of label folders -> 0 real, 1 generated
@@ -114,8 +116,7 @@ def index_any(
 ) -> pd.DataFrame:
     "Index a collection whose layout is recognised by its folders. Raises as `recognise` and `index_folder`."
     index = index_folder(root, labels, layout or recognise(root, labels), cache, progress)
-    skipped = ", ".join(f"{n} in {folder}" for folder, n in index.attrs["skipped"].items())
-    if progress: print(f"layout {index.attrs['layout']}: {len(index)} images; skipped: {skipped or 'none'}")
+    if progress: print(f"layout {index.attrs['layout']}: {len(index)} images")
     return index
 
 # %% ../nbs/05_benchmarks.ipynb #14dbe494

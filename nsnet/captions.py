@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['captioner_name', 'Captioner', 'load_captioner', 'caption_accuracy', 'caption']
 
-# %% ../nbs/09_captions.ipynb #2b3ef8ff
+# %% ../nbs/09_captions.ipynb #95c02687
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from PIL import Image
 
 from .images import open_image, write_rejected
 from .scenes import WORDS
-from .storage import Records, asset, fingerprint, open_collection, refuse_if_mostly_rejected
+from .storage import Records, _require, asset, fingerprint, open_collection, refuse_if_mostly_rejected
 
-# %% ../nbs/09_captions.ipynb #46100865
+# %% ../nbs/09_captions.ipynb #699cc4ad
+_KNOWN = {"mini"} | {f"Salesforce/blip{name}" for name in (
+    "-image-captioning-base", "-image-captioning-large", "2-opt-2.7b", "2-opt-6.7b", "2-flan-t5-xl", "2-flan-t5-xxl")}
+
 def _source(name: str | Path) -> str:
     "Where `from_pretrained` finds the weights: a directory or a hub name."
     return str(asset("blip")) if str(name) == "mini" else str(name)
@@ -59,7 +62,7 @@ class Captioner:
         positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return min(self.max_new_tokens, positions - given) if positions else self.max_new_tokens
 
-# %% ../nbs/09_captions.ipynb #1bf7faa8
+# %% ../nbs/09_captions.ipynb #20fc49e6
 def load_captioner(
     name: str | Path = "mini", # "mini", a directory or a hub name
     device: str | None = None, # None: a GPU where there is one
@@ -73,10 +76,10 @@ def load_captioner(
     dtype = torch.float32 if device == "cpu" else torch.float16
     full_name = captioner_name(name, max_new_tokens, prompt)
     try:
-        processor = AutoProcessor.from_pretrained(_source(name))
-        model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"captioner {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        processor = AutoProcessor.from_pretrained(_source(name), trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"captioner {name}: cannot be loaded ({str(error).strip().partition(chr(10))[0]})") from None
     return Captioner(full_name, model.to(device).eval(), processor, max_new_tokens, prompt)
 
 # %% ../nbs/09_captions.ipynb #459bb1fb
@@ -89,17 +92,24 @@ def caption_accuracy(
     marks = pd.DataFrame({kind: right(kind) for kind in WORDS})
     return marks.assign(all=marks.all(axis=1)).mean()
 
-# %% ../nbs/09_captions.ipynb #943c8dde
+# %% ../nbs/09_captions.ipynb #2eabb449
 def _captions_in(records: Records, name: str) -> dict[str, str]:
     "Captions kept so far by hash; ValueError for a store of another captioner."
     captions = {}
     for record in records.rows:
-        if not {"sha256", "model", "caption"} <= record.keys():
-            raise ValueError(f"{records.path} has a record that is no caption: {str(record)[:80]}; give another store")
+        if not all(isinstance(record.get(field), str) for field in ("sha256", "model", "caption")):
+            raise ValueError(f"{records.path} has a record that is no caption: {str(record)[:80]}; remove that line")
         if record["model"] != name:
             raise ValueError(f"{records.path} has captions by {record['model']}, not by {name}; give another store")
         captions.setdefault(record["sha256"], record["caption"])
     return captions
+
+# %% ../nbs/09_captions.ipynb #9320c7e1
+def _worded(captions) -> list[str]:
+    "Captions as text, empty for None and NaN. Raises ValueError for anything else."
+    words = ["" if pd.api.types.is_scalar(c) and pd.isna(c) else c for c in captions]
+    if all(isinstance(word, str) for word in words): return words
+    raise ValueError(f"captions must be text, not {next(w for w in words if not isinstance(w, str))!r:.40}")
 
 # %% ../nbs/09_captions.ipynb #7393240a
 def _batches(index: pd.DataFrame, size: int, rank: int | None, ranks: int) -> list[list[str]]:
@@ -124,18 +134,18 @@ def _describe(todo: list[list[str]], files: dict, model: Captioner, captions: di
         captions |= new
     return reasons
 
-# %% ../nbs/09_captions.ipynb #52765590
-def _fill(index: pd.DataFrame, captions: dict, reasons: dict, store: str | Path | None) -> pd.DataFrame:
+# %% ../nbs/09_captions.ipynb #5f8b04cd
+def _fill(index: pd.DataFrame, root, captions: dict, reasons: dict, store: str | Path | None) -> pd.DataFrame:
     "Put the captions in, take the unreadable images out and say which."
     bad = ~index.sha256.isin(captions)
     rejected = [(path, reasons[sha]) for path, sha in zip(index.path[bad], index.sha256[bad])]
-    refuse_if_mostly_rejected(rejected, len(index))
+    refuse_if_mostly_rejected(rejected, len(index), root)
     result = index[~bad].assign(caption=lambda rows: rows.sha256.map(captions)).reset_index(drop=True)
     result.attrs["rejected"] = [*index.attrs.get("rejected", []), *rejected]
     if store and rejected: write_rejected(result.attrs["rejected"], Path(store).with_name("rejected.csv"))
     return result
 
-# %% ../nbs/09_captions.ipynb #73ed693f
+# %% ../nbs/09_captions.ipynb #fa380c89
 def caption(
     index: pd.DataFrame, # an index
     root: str | Path = ".", # folder its paths start from
@@ -151,6 +161,8 @@ def caption(
     ranks: int = 1, # how many processes there are
 ) -> pd.DataFrame | None: # None with a `rank`: call again without when all processes are done
     "The index with its captions, without the images that cannot be read: those go to `attrs['rejected']`."
+    _require(index, "path", "sha256")
+    if not batch_size >= 1: raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     loaded = isinstance(model, Captioner)
     name = model.name if loaded else captioner_name(model, max_new_tokens, prompt)
     records = Records(store, rank)
@@ -160,4 +172,4 @@ def caption(
         if not loaded: model = load_captioner(model, device, max_new_tokens, prompt)
         files = {sha: Path(root, path) for sha, path in zip(index.sha256, index.path)}
         reasons = _describe(todo, files, model, captions, records, batch_size, side, progress)
-    return _fill(index, captions, reasons, store) if rank is None else None
+    return _fill(index, root, captions, reasons, store) if rank is None else None

@@ -6,8 +6,9 @@
 __all__ = ['has_bf16', 'ImageTower', 'Backbone', 'load_backbone', 'check_canvas', 'inference_batch_size', 'text_features',
            'image_features']
 
-# %% ../nbs/11_clip.ipynb #06211890
+# %% ../nbs/11_clip.ipynb #279bb3ee
 import copy
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class ImageTower(nn.Module):
         low = self.bf16 and has_bf16(x.device)
         with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext(): return self.visual(pixels).float()
 
-# %% ../nbs/11_clip.ipynb #04f5a192
+# %% ../nbs/11_clip.ipynb #bd7a8cdb
 @dataclass(frozen=True)
 class Backbone:
     "A frozen CLIP and what has to be known to use it."
@@ -72,21 +73,41 @@ class Backbone:
     def to(self, device) -> "Backbone":
         "The backbone on another device: a copy, or itself where it is there already."
         if torch.device(device) == torch.device(self.device): return self
-        return replace(self, model=copy.deepcopy(self.model).to(device), device=str(device))
+        moved = {id(p): nn.Parameter(p.to(device), p.requires_grad) for p in self.model.parameters()}
+        moved |= {id(b): b.to(device) for b in self.model.buffers()}          # else there are two copies for a moment
+        return replace(self, model=copy.deepcopy(self.model, moved).to(device), device=str(device))
 
-# %% ../nbs/11_clip.ipynb #72359e84
+# %% ../nbs/11_clip.ipynb #deded6d3
+def _refuse_code(name: str) -> None:
+    "Raise ValueError for a model with code of its own, about which transformers would ask at the keyboard."
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if getattr(config, "auto_map", None): raise ValueError(f"{name} brings code of its own (auto_map)")
+
+def _tokenizer_options(name: str) -> dict:
+    "What a tokenizer from a folder or a repository is told. Raises ValueError where it asks to run code of its own."
+    if ":" not in name: return {}
+    import open_clip
+    (kind, _, place), file = name.partition(":"), "open_clip_config.json"
+    path = Path(place)/file if kind == "local-dir" else open_clip.download_pretrained_from_hf(place, filename=file)
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "trust_remote_code" in json.dumps(config): raise ValueError(f"{file} asks to run code (trust_remote_code)")
+    if tower := config["model_cfg"]["text_cfg"].get("hf_model_name"): _refuse_code(tower)
+    return dict(trust_remote_code=False) if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
+
 def _create(name, device):
     "open_clip's model and tokenizer for a name; every failure becomes a one-line ValueError."
     import open_clip
-    arch, tag = (name, None) if ":" in name else (name.split("/") + [""])[:2]
+    arch, tag = (name, None) if ":" in name else name.partition("/")[::2]
     listed = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     if tag is not None and not listed:
         raise ValueError(f"unknown backbone {name!r}: open_clip.list_pretrained() has the names, e.g. ViT-L-14/openai")
     quick = bool(listed.get("quick_gelu", False))
     try:
+        options = _tokenizer_options(name)
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, device=device, precision="fp32",
                                        require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(arch)
+        tokenizer = open_clip.get_tokenizer(arch, **options)
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"backbone {name!r} cannot be loaded: {reason}") from None
@@ -94,6 +115,7 @@ def _create(name, device):
         raise ValueError(f"the weights {name!r} need QuickGELU and the model has none: update open_clip_torch")
     return model, tokenizer
 
+# %% ../nbs/11_clip.ipynb #5c1db3ab
 @torch.no_grad()
 def load_backbone(
     name: str = "mini",    # mini, ARCHITECTURE/WEIGHTS, local-dir:FOLDER or hf-hub:OWNER/MODEL
@@ -106,6 +128,8 @@ def load_backbone(
     config, size = model.visual.preprocess_cfg, int(np.max(model.visual.image_size))      # a number or a pair
     mean, std = tuple(config["mean"]), tuple(config["std"])
     embed_dim = model.encode_text(tokenizer(["a"]).to(device)).shape[1]
+    for key, t in model.state_dict().items():
+        if not t.isfinite().all(): raise ValueError(f"backbone {name!r} is damaged: {key} has NaN or infinite numbers")
     weights = fingerprint(dict(model.state_dict()), size, mean, std)
     return Backbone(name, model, tokenizer, size, embed_dim, mean, std, device, weights)
 
@@ -122,24 +146,34 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #529e2685
+# %% ../nbs/11_clip.ipynb #54a7db55
 def inference_batch_size(
-    net: nn.Module,     # a tower or a network, with weights
+    net: nn.Module,           # a tower or a network, with weights
+    asked: int | None = None, # what a caller wants
 ) -> int:
-    "Rows to give a network at a time when nothing is learned: 2 for a large one on a CPU, else 64."
+    "Rows to give a network when nothing is learned: as asked, else 2 for a large one on a CPU, 64 for others."
+    if asked is not None and not asked >= 1: raise ValueError(f"batch_size must be 1 or more, not {asked}")
+    if asked: return int(asked)
     weights = list(net.state_dict().values())
     return 2 if weights[0].device.type == "cpu" and sum(w.numel() for w in weights) > 2e7 else 64
 
-def _fill(store, keys, batch_size, compute, desc, progress):
+def _take(store: Tensors, keys: list, shape: tuple) -> torch.Tensor:
+    "The stored rows of all keys, in order. Raises ValueError where they have another shape, or were damaged on disk."
+    rows = store.take(keys)
+    if rows.shape[1:] == shape: return rows
+    where = f"{store.folder} is damaged: delete it, and it is made anew" if store.folder else "the model is damaged"
+    raise ValueError(f"{where} (shape {tuple(rows.shape[1:])}, not {shape})")
+
+def _fill(store, keys, batch_size, compute, desc, progress, width):
     "Compute and store what is missing, in batches of one size; return the rows of all keys in order."
     missing = [k for k in dict.fromkeys(keys) if k not in store]
     for i in tqdm(range(0, len(missing), batch_size), desc=desc, disable=not progress or not missing):
         batch = missing[i:i + batch_size]
         full = batch + batch[-1:]*(batch_size - len(batch))
         store.add(batch, compute(full).float()[:len(batch)])
-    return store.take(keys)
+    return _take(store, keys, (width,))
 
-# %% ../nbs/11_clip.ipynb #798080a4
+# %% ../nbs/11_clip.ipynb #aac47ae3
 @torch.no_grad()
 def text_features(
     backbone: Backbone,
@@ -149,10 +183,11 @@ def text_features(
     progress: bool = True,
 ) -> torch.Tensor:             # (N, d) float32 on the CPU
     "Text embeddings V, computed once for each distinct caption."
+    if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
     store = Tensors(cache and Path(cache)/f"text-{backbone.weights}")
     def encode(batch): return backbone.model.encode_text(backbone.tokenizer(list(batch)).to(backbone.device))
-    size = batch_size or inference_batch_size(backbone.model)
-    return _fill(store, list(captions), size, encode, "captions to features", progress)
+    size = inference_batch_size(backbone.model, batch_size)
+    return _fill(store, list(captions), size, encode, "captions to features", progress, backbone.embed_dim)
 
 @torch.no_grad()
 def image_features(
@@ -168,4 +203,5 @@ def image_features(
     where, tower = {k: i for i, k in enumerate(keys)}, backbone.image_tower()
     store = Tensors(cache and Path(cache)/f"image-{backbone.image_key}")
     def encode(batch): return tower(torch.from_numpy(np.stack([canvases[where[k]] for k in batch])).to(backbone.device))
-    return _fill(store, keys, batch_size or inference_batch_size(tower), encode, "canvases to features", progress)
+    size = inference_batch_size(tower, batch_size)
+    return _fill(store, keys, size, encode, "canvases to features", progress, backbone.embed_dim)

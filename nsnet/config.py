@@ -6,49 +6,80 @@
 __all__ = ['RECIPES', 'Recipe', 'differences', 'override', 'recipe', 'parse_fields', 'Preset', 'preset', 'recipe_for',
            'PreprocessConfig', 'preprocess_config']
 
-# %% ../nbs/18_config.ipynb #74cba15a
+# %% ../nbs/18_config.ipynb #9f6aa125
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
-# %% ../nbs/18_config.ipynb #112b48ed
-_TAKES = {int: "a whole number from 0", float: "a number from 0", bool: "True or False", str: "a name"}
-_COUNTS = "epochs batch_size gradient_accumulation null_rank patch canvas n_train n_test".split()        # from 1
+# %% ../nbs/18_config.ipynb #596a293d
+_RANGES = {name: ends for names, ends in {               # both ends included
+    "dropout lora_dropout": (0, .99), "tau_sv warmup": (0, 1), "energy": (1e-9, 1), "temperature": (.001, 100),
+    "bce_weight align_weight weight_decay": (0, 1000), "lr": (0, 10), "max_grad_norm": (1e-9, 10**6),
+    "lora_rank lora_alpha lora_blocks": (0, 4096), "null_rank patch canvas side": (1, 4096), "quality": (1, 100),
+    "epochs": (1, 10**4), "batch_size gradient_accumulation": (1, 2**16), "n_train n_test": (1, 10**7),
+    "seed": (0, 2**32 - 1)}.items() for name in names.split()}
 
-def _as_kind(value: Any, kind: Any) -> Any:
-    "The value in one of the types that a field can have. Raises ValueError, KeyError or TypeError when it cannot be."
+def _quoted(value: Any) -> str:
+    "How a value reads in a message: in one line of about 60 characters."
+    try: text = " ".join(repr(value).split())
+    except (ValueError, RecursionError): return "a value that is too long to print"
+    return text if len(text) <= 60 else text[:60] + "…"
+
+def _takes(kind: Any, low: float, high: float) -> str:
+    "What a field takes, in words."
+    if kind is Any: return "a pair"
+    if get_origin(kind) is Literal: return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple: return f"a list, joined by +, each {_takes(get_args(kind)[0], low, high)},"
+    number = f"number from {low} to {high}"
+    return {int: f"a whole {number}", float: f"a {number}", bool: "True or False", str: "a line of text"}[kind]
+
+def _as_kind(value: Any, kind: Any, low: float, high: float) -> Any:
+    "The value in one of the types that a field can have. Raises an error of some kind when it cannot be."
     if kind is Any or (isinstance(value, str) and value in get_args(kind)): return value
-    if kind is str and isinstance(value, (str, Path)): return str(value)
+    if kind is str and isinstance(value, (str, Path)):
+        if 0 < len(text := str(value)) <= 4096 and min(text) >= " ": return text
     if kind is bool: return {"true": True, "false": False}[str(value).lower()]
-    if get_origin(kind) is tuple:
-        items = [v.strip() for v in value.split("+") if v.strip()] if isinstance(value, str) else value
-        return tuple(_as_kind(v, get_args(kind)[0]) for v in items)
-    if isinstance(value, bool) or (kind is int and isinstance(value, float)) or not kind(value) >= 0: raise ValueError
-    return kind(value)
+    if get_origin(kind) is tuple and isinstance(value, (str, list, tuple, range)):
+        items, of = [v.strip() for v in value.split("+")] if isinstance(value, str) else value, get_args(kind)[0]
+        if len(items) > 1000 or not (items or of is Any): raise ValueError
+        return tuple(_as_kind(v, of, low, high) for v in items)
+    if kind not in (int, float) or isinstance(value, bool if kind is float else (bool, float)): raise ValueError
+    if not low <= (number := kind(value)) <= high: raise ValueError
+    return number
 
+# %% ../nbs/18_config.ipynb #ce85f5b3
 def _converted(name: str, value: Any, annotation: Any) -> Any:
     "A value in the type of its field. Raises ValueError that names the field and what it takes."
-    optional = NoneType in get_args(annotation)
+    optional, ends = NoneType in get_args(annotation), _RANGES.get(name, (0, 10**9))
     kind = get_args(annotation)[0] if optional else annotation
-    if optional and value in (None, "None"): return None
-    try:
-        if (found := _as_kind(value, kind)) != 0 or name not in _COUNTS: return found
-    except (ValueError, KeyError, TypeError): pass
-    takes = _TAKES.get(kind, "a list, joined by +,")
-    if get_origin(kind) is Literal: takes = "one of " + ", ".join(get_args(kind))
-    takes = (takes.replace("0", "1") if name in _COUNTS else takes) + " or None"*optional
-    raise ValueError(f"{name}={value!r}: {takes} is expected")
+    if optional and (value is None or isinstance(value, str) and value == "None"): return None
+    try: return _as_kind(value, kind, *ends)
+    except (ValueError, KeyError, TypeError, OverflowError): pass
+    raise ValueError(f"{name}={_quoted(value)}: {_takes(kind, *ends)}{' or None'*optional} is expected")
 
 def _convert_fields(config: Any) -> None:
     "Bring the fields of a new record into their types."
     for name, annotation in get_type_hints(type(config)).items():
         object.__setattr__(config, name, _converted(name, getattr(config, name), annotation))
 
-# %% ../nbs/18_config.ipynb #317446d3
+def _found(what: str, name: str, known: Iterable[str]) -> str:
+    "The name, if it is known. Raises ValueError with the known ones."
+    if isinstance(name, str) and name in known: return name
+    raise ValueError(f"unknown {what} {_quoted(name)}: one of {', '.join(known)}")
+
+def _load(cls: type, saved: Any) -> Any:
+    "A record from what `asdict` made of one. Raises ValueError for unknown fields and for what they cannot take."
+    if not isinstance(saved, dict): raise ValueError(f"{cls.__name__}={_quoted(saved)}: fields are expected")
+    for name in saved: _found(f"{cls.__name__} field", name, cls.__dataclass_fields__)
+    for name, field in cls.__dataclass_fields__.items():
+        if name not in saved and field.default is MISSING: raise ValueError(f"the {cls.__name__} has no {name}")
+    return cls(**saved)
+
+# %% ../nbs/18_config.ipynb #ae118cd1
 @dataclass(frozen=True)
 class Recipe:
     "One system: what it computes, what is learned and how."
@@ -86,6 +117,7 @@ class Recipe:
     select: Literal["val", "last"] = "val"                             # epoch that is kept: best on validation, or last
     gradient_checkpointing: bool = False                               # less memory, more time
     __post_init__ = _convert_fields
+    load = classmethod(_load)            # from saved fields
 
 # %% ../nbs/18_config.ipynb #e46067cf
 _PLAIN = dict(projection="none", mapper=False, align_weight=0.)
@@ -111,26 +143,22 @@ def differences(
     table = pd.DataFrame({r.name: asdict(r) for r in recipes}, dtype=object).drop(index="name")
     return table[table.map(repr).nunique(axis=1) > 1]
 
-# %% ../nbs/18_config.ipynb #8b7f70bc
-def _found(what: str, name: str, known: dict) -> Any:
-    "The entry of a table. Raises ValueError with the known names."
-    if name not in known: raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
-    return known[name]
-
+# %% ../nbs/18_config.ipynb #715ea751
 def override(
-    config: Any,    # a Recipe, Preset or PreprocessConfig
+    config: Any,    # a Recipe, Preset or PreprocessConfig, or a dataclass of plain fields
     **changes,      # new values, also as text; None: leave the field as it is
 ) -> Any:           # another record of the same type
     "The record with some fields changed. Raises ValueError for an unknown field or a value that it cannot take."
-    for name in changes: _found(f"{type(config).__name__} field", name, asdict(config))
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    types = get_type_hints(type(config))
+    for name in changes: _found(f"{type(config).__name__} field", name, types)
+    return replace(config, **{n: _converted(n, v, types[n]) for n, v in changes.items() if v is not None})
 
 def recipe(
     name: str,      # one of RECIPES
     **changes,      # see `override`
 ) -> Recipe:
     "A system by name. Raises ValueError for an unknown name, with the known ones, and for what `override` refuses."
-    return override(_found("system", name, RECIPES), **changes)
+    return override(RECIPES[_found("system", name, RECIPES)], **changes)
 
 def parse_fields(
     text: str,      # e.g. "optimizer=adamw, warmup=0.1, lora_targets=attn+mlp"
@@ -139,7 +167,9 @@ def parse_fields(
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if "=" not in part: raise ValueError(f"{part!r} sets no field: write field=value, several divided by commas")
-    return {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in parts)}
+    found = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in parts)}
+    if len(found) < len(parts): raise ValueError(f"{text!r} sets a field twice")
+    return found
 
 # %% ../nbs/18_config.ipynb #f192edcf
 @dataclass(frozen=True)
@@ -172,13 +202,13 @@ _PRESETS = {p.name: p for p in (
     Preset("any", "any", **_PAPER),
 )}
 
-# %% ../nbs/18_config.ipynb #1d21b462
+# %% ../nbs/18_config.ipynb #486fbbaf
 def preset(
     name: str,      # smoke, mini, folder, dalle or any
     **changes,      # see `override`
 ) -> Preset:
     "A preset by name. Raises ValueError for an unknown name, with the known ones, and for what `override` refuses."
-    return override(_found("preset", name, _PRESETS), **changes)
+    return override(_PRESETS[_found("preset", name, _PRESETS)], **changes)
 
 def recipe_for(
     name: str,      # one of RECIPES
@@ -191,7 +221,7 @@ def recipe_for(
     training = {} if name.endswith("_as_released") else {k: v for k, v in preset.training if k not in own}
     return override(override(base, **training), **changes)
 
-# %% ../nbs/18_config.ipynb #cf45f258
+# %% ../nbs/18_config.ipynb #b761f9c2
 @dataclass(frozen=True)
 class PreprocessConfig:
     "From an image to what the network gets to see."
@@ -200,6 +230,7 @@ class PreprocessConfig:
     canvas: int = 64                     # side of the canvas, pixels
     seed: int = 0                        # of the shuffle of the patches
     __post_init__ = _convert_fields
+    load = classmethod(_load)            # from saved fields
 
 def preprocess_config(
     recipe: Recipe,

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/21_detector.ipynb #2680f1df
+# %% ../nbs/21_detector.ipynb #c2ee1e69
 import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -18,16 +19,16 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image
 
-from .captions import load_captioner
-from .clip import Backbone, inference_batch_size, load_backbone, text_features
-from .config import PreprocessConfig, Recipe
+from .captions import _KNOWN, _worded, load_captioner
+from .clip import Backbone, check_canvas, inference_batch_size, load_backbone, text_features
+from .config import PreprocessConfig, Recipe, _converted
 from .explain import fig_explanation
-from .images import ImageError, as_rgb, atomic_write, open_image
+from .images import ImageError, _opened, atomic_write
 from .index import list_images
-from .inference import (build_network, load_trained_state, load_weights, network_inputs, predict, preprocess,
-                             save_weights, trained_state)
+from .inference import (_expected_kinds, _probability, _refuse_other, build_network, load_trained_state,
+                             load_weights, network_inputs, predict, preprocess, save_weights, trained_state)
 from .model import NSNet, NSNetOutput
-from .storage import Records, asset, fingerprint, open_collection, refuse_if_mostly_rejected
+from .storage import Records, _require, asset, fingerprint, open_collection, refuse_if_mostly_rejected
 
 # %% ../nbs/21_detector.ipynb #ccbe9c44
 @dataclass(frozen=True)
@@ -45,33 +46,28 @@ class Score:
             "Not flagged, which is no proof that it is real: probability {:.3f} is below the threshold {:.3f}")
         return found.format(self.probability, self.threshold) + f" ({self.system}{said})"
 
-# %% ../nbs/21_detector.ipynb #a721b5cb
+# %% ../nbs/21_detector.ipynb #d786b487
 def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> pd.DataFrame:
     "Rows with path, source, caption (perhaps empty), key (content or position, and caption). ValueError for no image."
     if isinstance(images, (str, Path)) and Path(images).is_dir():
         root, images = images, pd.DataFrame(dict(path=list_images(images)))
-    elif isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", None) == 3: images = [images]
-    if not hasattr(images, "__iter__"):
-        raise ValueError(f"images, paths, a folder or an index are expected, not {type(images).__name__}")
+        if not len(images): raise ValueError(f"{root}: no images in this folder")
+    elif isinstance(images, (str, Path, Image.Image, np.ndarray)) and getattr(images, "ndim", 2) in (2, 3):
+        images = [images]
+    if not hasattr(images, "__iter__"): raise ValueError(
+        f"images, paths, a folder or an index are expected, not {type(images).__name__}")
     if not isinstance(images, pd.DataFrame):
         images = pd.DataFrame(dict(source=pd.Series(list(images), dtype=object)))
         images["path"] = [str(x) if isinstance(x, (str, Path)) else f"image {i}" for i, x in enumerate(images.source)]
-    elif "path" in images: images = images.assign(source=[Path(root)/p for p in images.path])
-    if not len(images) or "path" not in images: raise ValueError("there is no image, or no column path")
-    if captions is None: captions = images.caption.fillna("") if "caption" in images else [""]*len(images)
+        if not len(images): raise ValueError("there is no image in an empty list")
+    else: images = _require(images, "path").assign(source=[Path(root)/p for p in images.path])
+    if captions is None: captions = images.caption if "caption" in images else [""]*len(images)
+    captions = _worded([captions] if isinstance(captions, str) else captions)
     if len(captions) != len(images): raise ValueError(f"{len(captions)} captions for {len(images)} images")
-    content = images.sha256 if "sha256" in images else range(len(images))
-    keys = [f"{a} {b}".strip() for a, b in zip(content, captions)]
-    return images.assign(caption=list(captions), key=keys).reset_index(drop=True)
+    keys = [f"{a} {b}".strip() for a, b in zip(images.get("sha256", range(len(images))), captions)]
+    return images.assign(caption=captions, key=keys).reset_index(drop=True)
 
-# %% ../nbs/21_detector.ipynb #3bdaccba
-def _opened(source) -> Image.Image:
-    "An RGB picture of its own from a path, a PIL image or an array. Raises ValueError with a one-line reason."
-    if isinstance(source, (str, Path)): return open_image(source)
-    try: return as_rgb(source if isinstance(source, Image.Image) else Image.fromarray(source))
-    except Exception as error:
-        raise ValueError(f"not a path, a readable PIL image or an array (H, W, 3) uint8 ({error})") from None
-
+# %% ../nbs/21_detector.ipynb #83b94a72
 def _seen(row: tuple, config: PreprocessConfig, to_caption: bool) -> tuple[np.ndarray, np.ndarray | None]:
     "What the network sees of a picture, and a copy of at most 512 pixels where the caption is missing."
     source, caption = row
@@ -81,20 +77,22 @@ def _seen(row: tuple, config: PreprocessConfig, to_caption: bool) -> tuple[np.nd
     image.thumbnail((512, 512))
     return array, np.asarray(image)
 
-_captioner = lru_cache(1)(load_captioner)
+_captioner, _TURN = lru_cache(1)(load_captioner), Lock()
 
 def _captioned(detector, captions: list[str], small: list) -> list[str]:
     "The captions, with the missing ones described together from the small pictures."
     todo = [Image.fromarray(image) for image in small if image is not None]
-    said = iter(_captioner(detector.captioner, detector.backbone.device).generate(todo) if todo else ())
+    with _TURN: said = iter(_captioner(detector.captioner, detector.backbone.device).generate(todo) if todo else ())
     return [caption if image is None else next(said) for caption, image in zip(captions, small)]
 
-# %% ../nbs/21_detector.ipynb #008c46cc
+# %% ../nbs/21_detector.ipynb #2cb08cc5
 def _stream(detector, rows: pd.DataFrame, batch_size: int | None = None, progress: bool = False):
     "For every batch: usable rows with captions; the network's outputs, None for no row; (path, reason) of the rest."
     look = partial(_seen, config=detector.preprocess, to_caption=detector.needs_captions)
-    sources, size = list(zip(rows.source, rows.caption)), batch_size or inference_batch_size(detector.backbone.model)
-    for opened, rejected in open_collection(sources, look, list(rows.path), size, "scoring", progress):
+    sources, size = list(zip(rows.source, rows.caption)), inference_batch_size(detector.backbone.model, batch_size)
+    files = [id(getattr(x, "fp", None) or x) for x in rows.source if isinstance(x, Image.Image)]
+    workers = 0 if len(set(files)) < len(files) else None      # one open file has one place for all processes
+    for opened, rejected in open_collection(sources, look, list(rows.path), size, "scoring", progress, workers):
         found, out = rows.iloc[[i for i, _ in opened]], None
         if opened:
             arrays, small = zip(*(seen for _, seen in opened))
@@ -107,21 +105,25 @@ def _answer(detector, arrays: np.ndarray, captions: list[str], batch_size: int |
     backbone = detector.backbone
     x = network_inputs(arrays, None, detector.recipe, detector.preprocess, backbone, progress=False)
     v = torch.zeros(len(x), backbone.embed_dim)
-    if detector.needs_captions: v = text_features(backbone, captions, progress=False)
-    return predict(detector.net, x, v, batch_size)
+    if detector.needs_captions:
+        with _TURN: v = text_features(backbone, captions, progress=False)
+    out = predict(detector.net, x, v, batch_size)
+    _probability(out.logits)                                  # refuses NaN
+    return out
 
-# %% ../nbs/21_detector.ipynb #28f042e5
+# %% ../nbs/21_detector.ipynb #82105278
 def _score_rows(detector, rows: pd.DataFrame, store: Records, batch_size: int | None = None, progress: bool = False,
                 rank: int = 0, ranks: int = 1) -> pd.DataFrame:
     "path, score, caption, and label where known, of the usable rows; (path, reason) of the rest in attrs['rejected']."
     mark, rejected = detector.fingerprint() if store.path else None, []
-    known = {r["key"]: r for r in store.rows if r.get("detector") == mark}
-    size = batch_size or inference_batch_size(detector.backbone.model)
+    good = [r for r in store.rows if isinstance(r.get("score"), float) and isinstance(r.get("caption"), str)]
+    known = {str(r.get("key")): r for r in good if r.get("detector") == mark and 0 <= r["score"] <= 1}
+    size = inference_batch_size(detector.backbone.model, batch_size)
     batches = [rows[i:i + size] for i in range(0, len(rows), size)][rank::ranks]
     missing = [batch for batch in batches if not all(key in known for key in batch.key)]
     for found, out, bad in _stream(detector, pd.concat(missing), batch_size, progress) if missing else ():
         rejected += bad
-        scores = [] if out is None else out.logits.double().sigmoid().tolist()
+        scores = [] if out is None else _probability(out.logits).tolist()
         new = [dict(detector=mark, key=k, score=s, caption=c) for k, s, c in zip(found.key, scores, found.caption)]
         store.append(new)
         known |= {r["key"]: r for r in new}
@@ -131,33 +133,47 @@ def _score_rows(detector, rows: pd.DataFrame, store: Records, batch_size: int | 
     scored.attrs["rejected"] = rejected
     return scored
 
-# %% ../nbs/21_detector.ipynb #5415de08
+# %% ../nbs/21_detector.ipynb #4221cc2b
+_KINDS = dict(threshold=float, captioner=str, trained_on=str | None, backbone=str, backbone_weights=str, embed_dim=int)
+
 def _write(detector, folder: Path) -> None:
     "Write model.safetensors and config.json; a card of another detector goes, an edited one of this detector stays."
     config = {name: getattr(detector, name) for name in ("threshold", "captioner", "trained_on")}
     config |= {name: asdict(getattr(detector, name)) for name in ("recipe", "preprocess")}
-    config |= dict(backbone=detector.backbone.name, backbone_weights=detector.backbone.weights)
+    clip, card = detector.backbone, folder/"README.md"
+    config |= dict(backbone=clip.name, backbone_weights=clip.weights, embed_dim=clip.embed_dim)
     save_weights(folder/"model.safetensors", trained_state(detector.net), config)
     with atomic_write(folder/"config.json") as file: file.write_text(json.dumps(config, indent=1) + "\n")
-    card = folder/"README.md"
     old = card.read_text(encoding="utf-8") if card.exists() else ""
     if "library_name: nsnet" in old and detector.fingerprint() not in old: card.unlink()
 
-# %% ../nbs/21_detector.ipynb #675ddfbd
-def _loaded(folder: Path, backbone: Backbone | None = None, device: str | None = None) -> tuple:
+# %% ../nbs/21_detector.ipynb #ce7ba165
+def _facts(config: dict, backbone, captioner, trust: bool) -> tuple[dict, Recipe, PreprocessConfig]:
+    "The configuration in its types. Raises ValueError for a wrong field, and for a model that nobody has vouched for."
+    if odd := config.keys() ^ {*_KINDS, "recipe", "preprocess"}: raise ValueError(f"unknown or missing: {sorted(odd)}")
+    said = {name: _converted(name, config[name], kind) for name, kind in _KINDS.items()}
+    safe = dict(backbone=backbone or ":" not in said["backbone"], captioner=captioner or said["captioner"] in _KNOWN)
+    for what in safe:                          # of the other backbones, load_backbone takes only open_clip's own
+        if not (trust or safe[what]): raise ValueError(f"it names the {what} {said[what]!r:.80}, which could bring its "
+                                                       f"own code: pass {what}=…, or trust=True if you trust its maker")
+    return said, Recipe(**config["recipe"]), PreprocessConfig(**config["preprocess"])
+
+def _loaded(folder: Path, backbone=None, device=None, captioner=None, trust: bool = False) -> tuple:
     "The arguments of `Detector`, from a folder. Raises ValueError that begins with the file's name."
     file = folder/"model.safetensors"
-    state, config = load_weights(file)
+    kinds, config = load_weights(file, read=False)
     try:
-        recipe, seen, name = Recipe(**config["recipe"]), PreprocessConfig(**config["preprocess"]), config["backbone"]
-        backbone = backbone or load_backbone(name, device)
-        theirs, ours = config["backbone_weights"], backbone.weights
-        if theirs != ours: raise ValueError(f"trained on {name}, weights {theirs}; here {backbone.name} has {ours}")
-        net = build_network(recipe, backbone, P=torch.zeros(backbone.embed_dim, backbone.embed_dim))
-        load_trained_state(net, state)
-        return recipe, seen, backbone, net, config["threshold"], config["captioner"], config["trained_on"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not fit this backbone or this version of nsnet: {error}") from None
+        said, recipe, seen = _facts(config, backbone, captioner, trust)
+        clip = backbone or load_backbone(said["backbone"], device)
+        theirs, ours = (said["backbone_weights"], said["embed_dim"]), (clip.weights, clip.embed_dim)
+        if theirs != ours: raise ValueError(f"trained on {said['backbone']}: {theirs}; {clip.name} here is {ours}")
+        check_canvas(clip, seen.canvas, seen.patch)
+        _refuse_other(_expected_kinds(recipe, clip), kinds)      # before anything is allocated
+        net = build_network(recipe, clip, P=torch.zeros(clip.embed_dim, clip.embed_dim))
+        load_trained_state(net, load_weights(file)[0])
+        return recipe, seen, clip, net, said["threshold"], captioner or said["captioner"], said["trained_on"]
+    except (KeyError, TypeError, ValueError) as error: why = " ".join(str(error).split())[:500]
+    raise ValueError(why if str(file) in why else f"{file} does not fit this backbone or version of nsnet: {why}")
 
 def _located(source: str | Path, download: dict) -> Path:
     "The folder of a saved detector. Raises ValueError for a repository that cannot be fetched."
@@ -188,7 +204,7 @@ Generators and cameras that it was not trained on may score either way; so may r
 The probability is not calibrated for the share of generated pictures among yours.
 """
 
-# %% ../nbs/21_detector.ipynb #cdd61af2
+# %% ../nbs/21_detector.ipynb #64433a16
 class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
@@ -204,20 +220,27 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         captioner: str = "mini",        # describes pictures without a caption, see `load_captioner`
         trained_on: str | None = None,  # a few words for the model card
     ):
+        if not 0 <= threshold < 1.001: raise ValueError(f"threshold={threshold}: a number from 0 to 1 is expected")
         self.recipe, self.preprocess, self.backbone = recipe, preprocess, backbone
         self.net, self.threshold = net.to(backbone.device).eval(), float(threshold)
         self.captioner, self.trained_on = captioner, trained_on
         self.needs_captions = isinstance(net, NSNet) and net.projection == "per_sample"
 
+    def __repr__(self) -> str:
+        return (f"Detector({self.recipe.name}, CLIP {self.backbone.name}, threshold {self.threshold:.3f}, trained on "
+                f"{self.trained_on or 'what is not recorded'})")
+
     @classmethod
     def from_pretrained(cls,
         source: str | Path,                # "mini", a folder, or a repository OWNER/NAME on the hub
         device: str | None = None,         # None: a GPU where there is one
-        backbone: Backbone | None = None,  # one that is loaded already
+        backbone: Backbone | None = None,  # one that is loaded already; needed for one that is not known
+        captioner: str | None = None,      # goes before the saved one; needed for one that is not known
+        trust: bool = False,               # load whatever backbone and captioner the file names
         **download,                        # revision, token, cache_dir, …: see huggingface_hub.snapshot_download
     ) -> "Detector":
-        "Load a detector. Raises ValueError for a damaged file, another backbone, or what cannot be fetched."
-        return cls(*_loaded(_located(source, download), backbone, device))
+        "Load a detector. Raises ValueError for a damaged file, other or unknown models, or what cannot be fetched."
+        return cls(*_loaded(_located(source, download), backbone, device, captioner, trust))
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         "Save to the repository OWNER/NAME; options as for `ModelHubMixin.push_to_hub`. Returns the address."
@@ -257,7 +280,7 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         if store and "sha256" not in rows: raise ValueError("a store keeps scores by content: it needs sha256")
         found = _score_rows(self, rows, Records(store, rank), batch_size, progress, rank or 0, ranks)
         if rank is not None: return None
-        refuse_if_mostly_rejected(found.attrs["rejected"], len(rows))
+        refuse_if_mostly_rejected(found.attrs["rejected"], len(rows), root if hasattr(images, "columns") else None)
         found.insert(2, "generated", found.score >= self.threshold)
         return found
 

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['format_report', 'balance_formats', 'normalise_format']
 
-# %% ../nbs/06_formats.ipynb #3b39ff78
+# %% ../nbs/06_formats.ipynb #18ac7894
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image, ImageOps
 
-from .images import ImageError, atomic_write, open_image
+from .images import ImageError, _below, atomic_write, open_image
 from .index import draw_order, scan
-from .storage import open_collection, refuse_if_mostly_rejected
+from .storage import _require, open_collection, refuse_if_mostly_rejected
 
 # %% ../nbs/06_formats.ipynb #dbcbde1c
 def _file_format(file):
@@ -80,11 +81,12 @@ def balance_formats(
     balanced.attrs.update(index.attrs)
     return balanced
 
-# %% ../nbs/06_formats.ipynb #65dd09e3
+# %% ../nbs/06_formats.ipynb #73782025
 def _encode(files, rule, side, quality):
-    "Write the second file from the first unless it exists. Raises ImageError when it cannot be opened or is too small."
+    "Write the second file from the first unless it is there. ImageError where it cannot be opened or is too small."
     old, new = files
-    if new.exists(): return
+    with suppress(ImageError):
+        if open_image(new): return
     image = open_image(old)
     if rule == "resize": image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
     if rule == "crop":
@@ -94,7 +96,7 @@ def _encode(files, rule, side, quality):
         image = image.crop((left, top, left + side, top + side))
     with atomic_write(new) as temporary: image.save(temporary, "JPEG", quality=quality)
 
-# %% ../nbs/06_formats.ipynb #2b4daae6
+# %% ../nbs/06_formats.ipynb #9b960501
 def normalise_format(
     index: pd.DataFrame,      # an index
     root: str | Path,         # folder that its paths start from
@@ -106,18 +108,22 @@ def normalise_format(
 ) -> tuple[pd.DataFrame, Path]:  # index of the new files, other columns kept; the folder its paths start from
     "Save every image again with one encoder, one quality and one rule for the size. Continues where it was stopped."
     if rule not in ("keep", "resize", "crop"): raise ValueError(f"unknown rule {rule!r}; choose keep, resize or crop")
-    if rule != "keep" and (side or 0) < 1: raise ValueError(f"rule {rule!r} needs a side of one pixel or more: {side}")
+    if rule != "keep" and not 1 <= (side or 0) <= 10_000:
+        raise ValueError(f"rule {rule!r} needs a side of one pixel or more, at most 10000: {side}")
+    if quality not in range(1, 101): raise ValueError(f"quality is 1 to 100: {quality}")
     folder = Path(out, f"{rule}{side or ''}-q{quality}")
+    _require(index, "path", "sha256", "generator")
     rows = index.assign(path=[f"{g}/{sha}.jpg" for g, sha in zip(index.generator, index.sha256)])
-    files = [(Path(root, old), folder/new) for old, new in zip(index.path, rows.path)]
+    files = [(Path(root, old), _below(folder, new)) for old, new in zip(index.path, rows.path)]
     done, rejected = [], []
     encode = partial(_encode, rule=rule, side=side, quality=quality)
     for good, bad in open_collection(files, encode, index.path.tolist(), desc="encoding", progress=progress):
         done += [i for i, _ in good]
         rejected += bad
-    refuse_if_mostly_rejected(rejected, len(index))
+    refuse_if_mostly_rejected(rejected, len(index), root)
     rows = rows.iloc[done].reset_index(drop=True)
-    result = scan(rows.drop(columns=["sha256", "width", "height", "caption"]), folder, progress=progress)
-    result["caption"] = result.path.map(dict(zip(rows.path, rows.caption)))
-    result.attrs["rejected"] = [*index.attrs.get("rejected", []), *rejected]
+    rows, captions = rows.drop(columns=["sha256", "width", "height", "caption", "phash"], errors="ignore"), rows.caption
+    result = scan(rows, folder, progress=progress)
+    result["caption"] = result.path.map(dict(zip(rows.path, captions)))
+    result.attrs["rejected"] += [*index.attrs.get("rejected", []), *rejected]
     return result, folder

@@ -223,7 +223,13 @@ def _plan(n_train, n_test, seen, seed):
             for split, g, n in groups for i, content in enumerate(_contents(g, split, n, seed))]
     return pd.DataFrame(rows, columns=["path", "label", "generator", "split", "number", *WORDS])
 
-# %% ../nbs/08_generators.ipynb #cdc385fa
+# %% ../nbs/08_generators.ipynb #ebac3be2
+def _is_whole(file):
+    "Whether a JPEG file is there and not cut off."
+    try: data = file.read_bytes()
+    except OSError: return False
+    return data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")
+
 def _make_batch(root, rows, seed, models):
     "Make the images of one batch and write them, each to a temporary name first."
     name, split = rows.generator.iloc[0], rows.split.iloc[0]
@@ -234,6 +240,7 @@ def _make_batch(root, rows, seed, models):
     for path, pixels, s in zip(rows.path, images, seeds):
         with atomic_write(root/path) as tmp: tmp.write_bytes(jpeg_bytes(pixels, jpeg_quality(s + 5)))
 
+# %% ../nbs/08_generators.ipynb #cfec9696
 def index_mini(
     root: str | Path = "data/mini",    # folder of all mini worlds; the paths of the index start from it
     n_train: int = 600,                # training images per label
@@ -249,7 +256,7 @@ def index_mini(
     plan["path"] = f"seed{seed}-{weights[:8]}/" + plan.path
     with tqdm(total=len(plan), desc="images", disable=not progress) as bar:
         for _, rows in plan.groupby(["generator", "split", plan.number//50], sort=False):
-            if not all((root/p).exists() for p in rows.path):
+            if not all(_is_whole(root/p) for p in rows.path):
                 models = models or load_generators(assets)
                 _make_batch(root, rows, seed, models)
             bar.update(len(rows))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ImageError', 'content_hash', 'atomic_write', 'as_rgb', 'open_image', 'write_rejected']
 
-# %% ../nbs/01_images.ipynb #80ea3845
+# %% ../nbs/01_images.ipynb #fec5cfec
 import csv
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -17,25 +18,65 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.fft import dctn
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
-# %% ../nbs/01_images.ipynb #23644bfa
+# %% ../nbs/01_images.ipynb #a5092cfd
+def _one_line(text) -> str:
+    "Text for a message; line breaks, control characters and bytes that are no text become escapes."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
 class ImageError(ValueError):
     "A picture that cannot be used: `.path` names it, `.reason` says why."
     def __init__(self,
         path,         # the file
         reason: str,  # one line
     ):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        super().__init__(_one_line(f"{path}: {reason}"))
+        self.path, self.reason = str(path), _one_line(reason)
 
-# %% ../nbs/01_images.ipynb #00c760c7
+# %% ../nbs/01_images.ipynb #d8f8c7fe
 def content_hash(
     path,     # a file
 ) -> str:     # 64 hexadecimal digits
     "SHA-256 of a file's bytes. Raises `ImageError` where it cannot be read."
     try:
+        if os.path.exists(path) and not os.path.isfile(path): raise ImageError(path, "not a regular file")
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    except FileNotFoundError: raise ImageError(path, "no such file") from None
     except OSError as error: raise ImageError(path, f"cannot be read ({error.strerror})") from None
+
+# %% ../nbs/01_images.ipynb #f71bc31a
+def _perceptual_hash(image) -> str:
+    "64 hexadecimal digits that saving a picture again, or in another size, hardly changes; empty without structure."
+    small = image.convert("L").resize((64, 64), Image.Resampling.LANCZOS, reducing_gap=3)
+    waves = dctn(np.asarray(small, np.float64), norm="ortho")[:16, :16].ravel()[1:]
+    if np.abs(waves).max() < 64: return ""                     # one grey level in 64 x 64 pixels
+    return np.packbits(waves > np.median(waves)).tobytes().hex()
+
+# %% ../nbs/01_images.ipynb #a9342128
+def _look_alikes(hashes, distance) -> list[int]:
+    "A number for each hash, equal within `distance` bits (None: never) directly or by way of others."
+    known = sorted({*hashes} - {""}) if distance is not None else []
+    words = np.array([bytes.fromhex(h) for h in known], "S32").view(np.uint64).reshape(-1, 4)
+    bits, group, every = np.unpackbits(words.view(np.uint8), axis=1), np.arange(len(known)), np.arange(len(known))
+    for band in np.array_split(np.arange(256), (distance or 0) + 1):
+        key = np.unique(np.packbits(bits[:, band], axis=1), axis=0, return_inverse=True)[1]
+        order, i, step = np.argsort(key, kind="stable"), every, 0
+        while len(i):                                          # pairs of one key, 1, 2, … places apart
+            step += 1
+            i = i[i + step < len(key)]
+            i = i[key[order[i]] == key[order[i + step]]]
+            a, b = order[i], order[i + step]
+            near = (group[a] != group[b]) & (np.bitwise_count(words[a] ^ words[b]).sum(1) <= distance)
+            if not near.any(): continue
+            pairs = np.r_[every, a[near]], np.r_[group, b[near]]
+            links = csr_array((np.ones(len(pairs[0])), pairs), shape=(len(known), len(known)))
+            parts = connected_components(links, directed=False)[1]
+            group = np.unique(parts, return_index=True)[1][parts]           # a group is named by its first member
+    number = dict(zip(known, group.tolist()))
+    return [number.get(h, -1 - i) for i, h in enumerate(hashes)]
 
 # %% ../nbs/01_images.ipynb #0f723136
 @contextmanager
@@ -56,28 +97,73 @@ def atomic_write(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/01_images.ipynb #5eb47099
-def _grey16(image):
-    "16- and 32-bit grey as 8 bits: the full range of 16 bits stays the full range."
-    x = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or x.max(initial=0) > 255: x = x/257
-    return Image.fromarray(np.clip(np.round(x), 0, 255).astype(np.uint8))
+# %% ../nbs/01_images.ipynb #52a75cc3
+def _below(root, path) -> Path:
+    "A path that data names, in its folder. Raises ValueError where it would lead out of it."
+    place = Path(path)
+    if place.is_absolute() or place.drive or ".." in place.parts:
+        raise ValueError(_one_line(f"{path}: leads out of {root}; a path from data is relative and has no .."))
+    return Path(root, path)
+
+# %% ../nbs/01_images.ipynb #e6723a6b
+_MAX_PIXELS = 100_000_000    # of 8 bytes: as it was decoded, and as RGB
+_BYTES = {"WEBP": 16, "JPEG2000": 24, "AVIF": 24, "progressive": 12, "libtiff": 12}     # what decoding one takes
+_REFUSED = {"EPS": "Pillow would start another program", "IPTC": "it may hold a picture of any other kind"}
+
+def _refuse_unsafe(image) -> None:
+    "Raise ImageError for a format that starts programs, and for a picture of too many pixels."
+    (w, h), path = image.size, getattr(image, "filename", "") or "picture"
+    if image.format in _REFUSED: raise ImageError(path, f"{image.format} is not opened: {_REFUSED[image.format]}")
+    signs = {image.format, *image.info, *(tile[0] for tile in getattr(image, "tile", ()))}
+    most = _MAX_PIXELS*8/max(_BYTES.get(sign, 8) for sign in signs)
+    said = f"{w}x{h} is {w*h/1e6:.4g} megapixels, the limit is {most/1e6:.0f}"
+    if w*h > most: raise ImageError(path, said + f" for this kind of {image.format}"*(most < _MAX_PIXELS))
+
+def _tiles(image, side=2048):
+    "(box, part of the picture), so that what is made on the way to RGB stays small."
+    boxes = [(x, y, side + x, side + y) for y in range(0, image.height, side) for x in range(0, image.width, side)]
+    for left, top, right, bottom in boxes:
+        box = left, top, min(right, image.width), min(bottom, image.height)
+        yield box, image.crop(box)
+
+# %% ../nbs/01_images.ipynb #33680390
+def _grey_scale(image) -> float:
+    "What grey of 16 or 32 bits is divided by: 257 for a range of 16 bits, 1 for one of 8. ImageError for NaN."
+    if image.mode.startswith("I;16"): return 257
+    top = max(np.abs(np.asarray(tile)).max() for _, tile in _tiles(image))
+    if not np.isfinite(top): raise ImageError("picture", "it has pixels that are NaN or infinite")
+    if image.mode == "F" and top < 2: return 1/255             # a little above 1 after resizing
+    return next((n/255 for n in (255, 65535) if top <= n), max(top, 2**31 - 1)/255)
+
+def _tile_rgb(image, scale):
+    "A small picture of any mode as RGB."
+    if scale: image = Image.fromarray(np.clip(np.round(np.asarray(image)/scale), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 def as_rgb(
     image: Image.Image,  # any mode; of an animation the current frame
 ) -> Image.Image:        # RGB, upright, same resolution
-    "An opened picture as a person sees it: EXIF orientation applied, 16 bits scaled to 8, transparency on white."
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")): image = _grey16(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    "An opened picture as a person sees it: upright, 8 bits, transparency on white. ImageError where it is refused."
+    _refuse_unsafe(image)
+    image.load()
+    _refuse_unsafe(image)                                      # an icon may hold more than its header says
+    turned = image if image.getexif().get(0x0112, 1) in (0, 1) else ImageOps.exif_transpose(image)
+    if turned.mode == "RGB" and "transparency" not in turned.info: return turned.copy() if turned is image else turned
+    scale = _grey_scale(turned) if turned.mode.startswith(("I", "F")) else None
+    out = Image.new("RGB", turned.size)
+    for box, tile in _tiles(turned): out.paste(_tile_rgb(tile, scale), box)
+    return out
 
-# %% ../nbs/01_images.ipynb #44d4aaba
-_MAX_PIXELS = 100_000_000
+# %% ../nbs/01_images.ipynb #d70d8a07
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):                         # a worker process must not begin with the lock held
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 warnings.filterwarnings("ignore", module=r"PIL\.")          # broken EXIF data, large pictures
+with suppress(OSError, AttributeError):                     # Pillow built without libtiff
+    for _kind in ("Error", "Warning"): getattr(ctypes.CDLL(Image.core.__file__), f"TIFFSet{_kind}Handler")(None)
 
 def _header(f):
     "Pillow's image with only its header read, whatever its size."
@@ -93,16 +179,23 @@ def open_image(
     try:
         if os.path.getsize(path) == 0: raise ImageError(path, "the file is empty")
         with open(path, "rb") as f, _header(f) as image:
-            w, h = image.size
-            if w*h > _MAX_PIXELS: raise ImageError(path, f"{w}x{h} is {w*h/1e6:.0f} megapixels, the limit is 100")
-            image.load()
+            _refuse_unsafe(image)
+            ImageOps.exif_transpose(image, in_place=True)      # without a second copy in memory
             return as_rgb(image)
-    except ImageError: raise
+    except ImageError as error: raise ImageError(path, error.reason) from None
     except UnidentifiedImageError: raise ImageError(path, "not an image that Pillow knows") from None
     except FileNotFoundError: raise ImageError(path, "no such file") from None
     except IsADirectoryError: raise ImageError(path, "a folder, not a file") from None
     except Exception as error:
         raise ImageError(path, f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+# %% ../nbs/01_images.ipynb #edb36a94
+def _opened(source) -> Image.Image:
+    "An RGB picture of its own from a path, a PIL image or an array. Raises ValueError with a one-line reason."
+    if isinstance(source, (str, Path)): return open_image(source)
+    try: return as_rgb(source if isinstance(source, Image.Image) else Image.fromarray(source))
+    except Exception as error:
+        raise ValueError(_one_line(f"not a path, a readable PIL image or an array (H, W, 3) uint8 ({error})")) from None
 
 # %% ../nbs/01_images.ipynb #27e8569a
 def write_rejected(

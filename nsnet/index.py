@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'list_images', 'scan', 'Layout', 'index_folder', 'save_index', 'load_index', 'draw_order', 'split']
 
-# %% ../nbs/03_index.ipynb #de37e58d
+# %% ../nbs/03_index.ipynb #32ada075
 import hashlib
 import os
 import re
@@ -16,27 +16,30 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .images import atomic_write, content_hash, open_image, write_rejected
-from .storage import Records, open_collection, refuse_if_mostly_rejected
+from .images import (_below, _look_alikes, _one_line, _perceptual_hash, atomic_write, content_hash, open_image,
+                          write_rejected)
+from .storage import Records, _require, open_collection, refuse_if_mostly_rejected
 
-# %% ../nbs/03_index.ipynb #a66e54fe
+# %% ../nbs/03_index.ipynb #1271af47
 _COLUMNS = ["path", "label", "generator", "split", "sha256", "width", "height", "caption"]
+_FACTS = [*_COLUMNS[4:7], "phash"]                           # what a record of `scan` has
 _EXTENSIONS = set(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm".split())
 
 def list_images(
     root: str | Path,  # folder to walk through
 ) -> list[str]:
-    "Paths of the images below `root`, relative and sorted, hidden ones left out. Raises ValueError for no folder."
+    "Paths of the images below `root`, relative and sorted, hidden ones left out. ValueError for an unreadable folder."
     if not Path(root).is_dir(): raise ValueError(f"{root}: no such folder")
+    def refuse(e): raise ValueError(_one_line(f"{e.filename}: cannot be read ({e.strerror}); allow it or remove it"))
     files, seen = [], {os.path.realpath(root)}
-    for folder, names, contents in os.walk(root, followlinks=True):
+    for folder, names, contents in os.walk(root, onerror=refuse, followlinks=True):
         places = {n: os.path.realpath(Path(folder, n)) for n in names if not n.startswith(".") and n != "__MACOSX"}
         names[:] = [n for n in sorted(places) if places[n] not in seen]       # a link may lead back
         seen |= set(places.values())
         files += [Path(folder, n) for n in contents if not n.startswith(".") and Path(n).suffix.lower() in _EXTENSIONS]
     return sorted(file.relative_to(root).as_posix() for file in files)
 
-# %% ../nbs/03_index.ipynb #1d0e1be8
+# %% ../nbs/03_index.ipynb #74a409b4
 def scan(
     rows: pd.DataFrame,               # columns path, label, generator, split
     root: str | Path,                 # folder the paths start from
@@ -45,18 +48,19 @@ def scan(
 ) -> pd.DataFrame:
     "The index of the usable files, the others in `attrs['rejected']`. Raises ValueError when most are not usable."
     store, found, rejected = Records(cache), {}, []
-    known = {r["sha256"]: r for r in store.rows}
+    known = {r["sha256"]: r for r in store.rows if [type(r.get(c)) for c in _FACTS] == [str, int, int, str]}
     def look(path):
-        sha = content_hash(Path(root, path))
-        return known.get(sha) or dict(zip(_COLUMNS[4:7], (sha, *open_image(Path(root, path)).size)))
+        if (sha := content_hash(Path(root, path))) in known: return known[sha]
+        image = open_image(Path(root, path))
+        return dict(zip(_FACTS, (sha, *image.size, _perceptual_hash(image))))
     for used, bad in open_collection(list(rows.path), look, progress=progress):
         found |= dict(used)
         rejected += bad
         new = {facts["sha256"]: facts for _, facts in used if facts["sha256"] not in known}
         store.append(list(new.values()))
         known |= new
-    refuse_if_mostly_rejected(rejected, len(rows))
-    facts = pd.DataFrame(list(found.values()), columns=_COLUMNS[4:7]).assign(caption="")
+    refuse_if_mostly_rejected(rejected, len(rows), root)
+    facts = pd.DataFrame(list(found.values()), columns=_FACTS).assign(caption="")
     index = rows.iloc[list(found)].reset_index(drop=True).join(facts)
     index = index[_COLUMNS + [c for c in index if c not in _COLUMNS]]
     index.attrs["rejected"] = rejected
@@ -121,7 +125,7 @@ def _rows(files: list[str], layout: Layout, labels: dict) -> tuple[pd.DataFrame,
     if rows.source[rows.label.eq(0)].nunique() < 2: rows = rows.drop(columns="source")
     return rows, Counter(folder or "." for folder in folders.values() if not known[folder])
 
-# %% ../nbs/03_index.ipynb #4f099f1d
+# %% ../nbs/03_index.ipynb #250736c1
 def _all_labels(labels: dict | None) -> dict:
     "All names of label folders, the caller's in lower case. Raises ValueError for what is no label, or is a split."
     for name, label in (labels or {}).items():
@@ -135,10 +139,9 @@ def _refuse_contradictions(folders, root: str | Path, labels: dict) -> None:
     for folder in folders:
         said = {words.get(level.lower()) for level in folder.split("/")}
         for kind in ({"real", "generated"}, {"train", "val", "test"}):
-            if len(ways := sorted(said & kind)) > 1: raise ValueError(
-                f"{root}: the images in {folder} can be read in two ways, as {' and as '.join(ways)}; rename a folder")
+            if len(ways := sorted(said & kind)) > 1: raise ValueError(_one_line(
+                f"{root}: the images in {folder} can be read in two ways, as {' and as '.join(ways)}; rename a folder"))
 
-# %% ../nbs/03_index.ipynb #0fae8a70
 def _unknown(root: str | Path, files: list[str], what: str) -> ValueError:
     "The error for folders nobody understands: it names them and shows how to say what they mean."
     if not files: return ValueError(f"{root}: no images in this folder")
@@ -146,8 +149,9 @@ def _unknown(root: str | Path, files: list[str], what: str) -> ValueError:
     names = [n for n in dict.fromkeys(f.rpartition("/")[2] for f in folders) if n != "." and n.lower() not in _SPLITS]
     names = ", ".join(f"{name!r}: 0 or 1" for name in names[:4] if name.lower() not in ("real", "fake"))
     hint = f"; if folders have other names for real (0) and generated (1), say so: labels={{{names}}}" if names else ""
-    return ValueError(f"{root}: {what}; it has {len(files)} images in {', '.join(folders[:6])}{hint}")
+    return ValueError(_one_line(f"{root}: {what}; it has {len(files)} images in {', '.join(folders[:6])}{hint}"))
 
+# %% ../nbs/03_index.ipynb #2e1da518
 def _refuse_unusable(rows: pd.DataFrame, root: str | Path, name: str, files: list[str]) -> None:
     "Raise ValueError unless there are images of both labels, and a split for all of them or for none."
     if not len(rows): raise _unknown(root, files, f"no folders such as the layout {name!r} has")
@@ -155,10 +159,10 @@ def _refuse_unusable(rows: pd.DataFrame, root: str | Path, name: str, files: lis
         has, lacks = ("real", "generated") if rows.label.iloc[0] == 0 else ("generated", "real")
         raise ValueError(f"{root}: {len(rows)} {has} images and no {lacks} one; both are needed")
     if 0 < (loose := rows.split.eq("").sum()) < len(rows):
-        raise ValueError(f"{root}: {len(rows) - loose} images are in folders of a split and {loose} are in none, e.g. "
-                         f"{rows.path[rows.split.eq('')].iloc[0]}; move these, or index one part of the collection")
+        raise ValueError(_one_line(
+            f"{root}: {len(rows) - loose} images are in folders of a split and {loose} are in none, "
+            f"e.g. {rows.path[rows.split.eq('')].iloc[0]}; move these, or index one part of the collection"))
 
-# %% ../nbs/03_index.ipynb #37d48c7e
 def _val_as_test(rows: pd.DataFrame) -> pd.DataFrame:
     "A collection with training and validation images and no test images is tested on the latter, and says so."
     if set(rows.split) != {"train", "val"}: return rows
@@ -173,8 +177,8 @@ def index_folder(
     progress: bool = True,             # show a bar
 ) -> pd.DataFrame:
     "Index a collection of a known layout. Raises ValueError when it is absent, empty, one-sided or ambiguous."
-    if isinstance(layout, str) and layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    if isinstance(layout, str) and layout not in LAYOUTS: raise ValueError(
+        f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     name, layout = (layout, LAYOUTS[layout]) if isinstance(layout, str) else ("yours", layout)
     files, labels = list_images(root), _all_labels(labels)
     rows, skipped = _rows(files, layout, labels)
@@ -183,9 +187,10 @@ def index_folder(
     index = _val_as_test(scan(rows, root, cache, progress))
     _refuse_unusable(index, root, name, files)
     index.attrs.update(layout=name, skipped=dict(skipped))
+    if skipped: print(_one_line(f"left out: {', '.join(f'{n} in {folder}' for folder, n in skipped.items())}"))
     return index
 
-# %% ../nbs/03_index.ipynb #e2fd503f
+# %% ../nbs/03_index.ipynb #843bcf37
 def save_index(
     index: pd.DataFrame,  # an index
     path: str | Path,     # CSV file; `rejected.csv` is written beside it
@@ -197,21 +202,23 @@ def save_index(
 def load_index(
     path: str | Path,  # CSV file written by `save_index`, or by hand
 ) -> pd.DataFrame:
-    "Read an index. Raises ValueError when a column is missing."
-    words = {c: str for c in ["path", "generator", "split", "sha256", "caption", "shape", "color", "ground", "sky"]}
+    "Read an index. Raises ValueError for a missing column, a label or split that is none, a path that leaves its root."
+    words = {c: str for c in "path generator split sha256 caption phash shape color ground sky".split()}
     index = pd.read_csv(path, dtype=words, keep_default_na=False, encoding_errors="surrogateescape")
-    if missing := [c for c in _COLUMNS if c not in index]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; an index has {', '.join(_COLUMNS)}")
+    if no := ", ".join(c for c in _COLUMNS if c not in index): raise ValueError(f"{path}: no column {no}; save it anew")
+    for column, known in dict(label=[0, 1], split=["", "train", "val", "test"]).items():
+        if (bad := ~index[column].isin(known)).any():
+            raise ValueError(f"{path}: a {column} is {str(index[column][bad].iloc[0])!r}; it is one of {known}")
+    for name in index.path: _below("its folder", name)
     return index
 
-# %% ../nbs/03_index.ipynb #8939befb
+# %% ../nbs/03_index.ipynb #9c146d41
 def _unique(index: pd.DataFrame) -> pd.DataFrame:
     "One row per picture: of copies one in test is kept; pictures with both labels are dropped altogether."
     rows = index.reset_index(drop=True)
     rows = rows[rows.groupby("sha256").label.transform("nunique").eq(1)].sort_values("path")
     return pd.concat([rows.query("split == 'test'"), rows]).drop_duplicates("sha256").sort_index()
 
-# %% ../nbs/03_index.ipynb #9ad3d915
 def draw_order(
     rows: pd.DataFrame,  # rows of an index
     seed: int | str,     # another seed, another order
@@ -223,14 +230,18 @@ def draw_order(
     rows["_place"] = (groups.cumcount() + 0.5) / groups.path.transform("size")
     return rows.sort_values(["_place", "_lot"]).drop(columns=["_lot", "_place"])
 
-# %% ../nbs/03_index.ipynb #c9d6342d
+# %% ../nbs/03_index.ipynb #c1ff90d7
+def _together(rows: pd.DataFrame, drawn: set) -> pd.DataFrame:
+    "Rows with each group at the place of its first; groups that are drawn already come before all others."
+    place = pd.Series(range(len(rows)), rows.index).groupby(rows._group).transform("min")
+    return rows.assign(_later=~rows._group.isin(drawn), _place=place).sort_values(["_later", "_place"], kind="stable")
+
 def _seen(rows: pd.DataFrame, seen: str | list[str] | None, kept: bool) -> set[str]:
     "The generators to train on, checked."
     fakes = rows[rows.label.eq(1)]
     if not seen: return set(fakes.generator[fakes.split.isin(["train", "val"]) | (not kept)])
     seen = {g.strip() for g in (seen.split(",") if isinstance(seen, str) else seen)}
-    known = sorted(fakes.generator.unique())
-    if unknown := sorted(seen.difference(known)):
+    if unknown := sorted(seen.difference(known := sorted(fakes.generator.unique()))):
         raise ValueError(f"unknown generator {unknown[0]!r} in seen; the index has {', '.join(known)}")
     return seen
 
@@ -238,9 +249,26 @@ def _enough(rows: pd.DataFrame, n: int | None, use: str) -> pd.DataFrame:
     "The first n rows, or all for None. Raises ValueError when there are fewer, or none."
     if n is None: n = max(1, len(rows))
     if 1 <= n <= len(rows): return rows[:n]
-    raise ValueError(f"{n} {use} images per label: 1 or more are needed, and of one label there are {len(rows)}")
+    raise ValueError(f"{n} {use} images per label: 1 or more are needed, and of one label there are {len(rows)}"
+                     "; index.assign(split='') forgets a split"*(not len(rows)))
 
-# %% ../nbs/03_index.ipynb #324cac4d
+# %% ../nbs/03_index.ipynb #d3d4898a
+def _parts(mine: list[pd.DataFrame], others: pd.DataFrame, n_train, n_test, val, seed) -> tuple[list, int]:
+    "Train, val and test rows of each label, and how many were left out because they look like a test image."
+    tested = {*others._group, *(group for rows in mine for group in rows._group[rows.split.eq("test")])}
+    parts, shown, left = [], set(), 0
+    for label, rows in enumerate(mine):
+        train, test = rows[rows.split.isin(["train", "val"])], rows[rows.split.eq("test")]
+        left += (like := train._group.isin(tested)).sum()
+        train = _together(draw_order(_enough(train[~like], n_train, "training"), f"val {seed}"), shown)
+        n = min(len(train) - 1, max(1, round(len(train)*val))) if val else 0           # of validation, never the last
+        shown |= {*train._group[:n]}
+        parts += [train, test if label and test.empty and len(others) else _enough(test, n_test, "test")]
+    for i in (0, 2):
+        parts[i] = parts[i].assign(split=parts[i]._group.isin(shown).map({True: "val", False: "train"}))
+        _enough(parts[i][parts[i].split.eq("train")], None, "training")            # none left where all look alike
+    return parts, left
+
 def split(
     index: pd.DataFrame,                  # train and test images that it has stay what they are
     n_train: int | None = None,           # training images per label, validation included; None: all there are
@@ -249,23 +277,24 @@ def split(
     test: float = .3,                     # share of the test images where neither number is given
     seen: str | list[str] | None = None,  # generators to train on; None: all, or those that have training images
     seed: int = 0,                        # of every draw
+    distance: int | None = 12,            # bits in which pictures that look alike differ at most; None: files only
 ) -> pd.DataFrame:
     "The rows that were drawn, in train, val and test. Raises ValueError for too few images or unknown generators."
-    rows = _unique(_val_as_test(index))
-    kept = {"train", "test"} <= set(rows.split)
+    rows = _unique(_val_as_test(_require(index, *_COLUMNS[:5])))
+    rows["_group"] = _look_alikes(rows.get("phash", pd.Series("", rows.index)).fillna(""), distance)
+    kept = "test" in set(rows.split) and "" not in set(rows.split)
     unseen = rows.label.eq(1) & ~rows.generator.isin(_seen(rows, seen, kept))
     others = rows[unseen & (rows.split.eq("test") | (not kept))].assign(split="test")
-    parts = [draw_order(group, seed)[:n_test] for _, group in others.groupby("generator")]
-    for label in (0, 1):
-        mine = draw_order(rows[rows.label.eq(label) & ~unseen], seed)
-        if not kept:
-            n = n_test or (max(0, len(mine) - n_train) if n_train else max(1, round(len(mine)*test)))
-            mine = mine.assign(split=["test" if i < n else "train" for i in range(len(mine))])
-        train, tested = mine[mine.split.isin(["train", "val"])], mine[mine.split.eq("test")]
-        train = draw_order(_enough(train, n_train, "training"), f"val {seed}")
-        n = min(len(train) - 1, max(1, round(len(train)*val))) if val else 0           # of validation, never the last
-        parts.append(train.assign(split=["val" if i < n else "train" for i in range(len(train))]))
-        parts.append(tested if label and tested.empty and len(others) else _enough(tested, n_test, "test"))
-    result = pd.concat(parts).sort_index().reset_index(drop=True)
-    result.attrs.update(index.attrs, copies=len(index) - len(rows))
+    drawn, mine = {*others._group}, [draw_order(rows[rows.label.eq(label) & ~unseen], seed) for label in (0, 1)]
+    for label in (0, 1) if not kept else ():
+        now = _together(mine[label], drawn)
+        n = n_test or (max(0, len(now) - n_train) if n_train else max(1, round(len(now)*test)))
+        mine[label] = now.assign(split=["test" if i < n else "train" for i in range(len(now))])
+        drawn |= {*now._group[:n]}
+    parts, left = _parts(mine, others, n_train, n_test, val, seed)
+    parts += [draw_order(group, seed)[:n_test] for _, group in others.groupby("generator")]
+    result = pd.concat(parts).sort_index().reset_index(drop=True)[[c for c in rows if c != "_group"]]
+    if groups := int((rows._group.value_counts() > 1).sum()): print(
+        f"{groups} groups of pictures look alike, each stays on one side; {left} training images left out")
+    result.attrs.update(index.attrs, copies=len(index) - len(rows), groups=groups)
     return result

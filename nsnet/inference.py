@@ -6,7 +6,7 @@
 __all__ = ['preprocess', 'preprocess_all', 'network_inputs', 'projection_matrix', 'build_network', 'predict', 'trained_state',
            'load_trained_state', 'save_weights', 'load_weights']
 
-# %% ../nbs/19_inference.ipynb #05795fd6
+# %% ../nbs/19_inference.ipynb #bb0cc6be
 import json
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .baselines import Probe, radial_spectrum
-from .clip import Backbone, image_features, inference_batch_size
+from .clip import Backbone, _take, image_features, inference_batch_size
 from .config import PreprocessConfig, Recipe
 from .images import atomic_write, open_image
 from .lora import add_lora
 from .model import NSNet, NSNetOutput
 from .nullspace import global_projection, global_projection_as_released
 from .patches import select_patches, select_patches_as_released, whole_image
-from .storage import Tensors, fingerprint, open_collection, refuse_if_mostly_rejected
+from .storage import Tensors, _require, fingerprint, open_collection, refuse_if_mostly_rejected
 
 # %% ../nbs/19_inference.ipynb #751393a4
 def preprocess(
@@ -37,7 +37,7 @@ def preprocess(
     select = select_patches if config.kind == "spectral" else select_patches_as_released
     return select(image, config.patch, config.canvas, config.seed)
 
-# %% ../nbs/19_inference.ipynb #c25e7240
+# %% ../nbs/19_inference.ipynb #f27d1316
 def _config_key(config: PreprocessConfig) -> str:
     "A name for what `preprocess` makes of an image, without the fields that do not matter to its kind."
     used = dict(spectrum=(), whole=(config.canvas,)).get(config.kind, (config.patch, config.canvas, config.seed))
@@ -51,6 +51,7 @@ def preprocess_all(
     progress: bool = True,     # show a bar
 ) -> tuple[np.ndarray, pd.DataFrame, list]:  # (n, …) canvases or spectra, their n rows, [(path, reason)] of the rest
     "All images of an index, preprocessed once. Raises ValueError when more than half cannot be used."
+    _require(index, "path", "sha256")
     store, reasons = Tensors(cache and Path(cache)/f"canvases-{_config_key(config)}"), {}
     missing = index[[key not in store for key in index.sha256]].drop_duplicates("sha256")
     keys, paths = list(missing.sha256), [Path(root)/path for path in missing.path]
@@ -60,8 +61,9 @@ def preprocess_all(
         if made: store.add([keys[i] for i, _ in made], np.stack([x for _, x in made]))
     usable = np.array([key in store for key in index.sha256])
     rejected = [(path, reasons[key]) for path, key in zip(index.path[~usable], index.sha256[~usable])]
-    refuse_if_mostly_rejected(rejected, len(index))
-    return store.take(list(index.sha256[usable])).numpy(), index[usable], rejected
+    refuse_if_mostly_rejected(rejected, len(index), root)
+    shape = (96,) if config.kind == "spectrum" else (config.canvas, config.canvas, 3)
+    return _take(store, list(index.sha256[usable]), shape).numpy(), index[usable], rejected
 
 # %% ../nbs/19_inference.ipynb #e098c195
 def network_inputs(
@@ -108,7 +110,7 @@ def build_network(
                 normalize_features=recipe.normalize_features, logits_on=recipe.logits_on)
     return net.to(backbone.device)
 
-# %% ../nbs/19_inference.ipynb #0ee0d49a
+# %% ../nbs/19_inference.ipynb #d8fff091
 def _filled(x: torch.Tensor, size: int) -> list[torch.Tensor]:
     "Batches of exactly `size` rows; the last one is filled up with copies of its last row."
     return [torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) for rows in x.split(size)]
@@ -122,35 +124,60 @@ def predict(
 ) -> NSNetOutput:                    # float32 on the CPU; of a probe only the logits, and its input as u
     "The outputs of a network for n images, in evaluation mode."
     net.eval()
-    device, size = next(iter(net.state_dict().values())).device, batch_size or inference_batch_size(net)
+    device, size = next(iter(net.state_dict().values())).device, inference_batch_size(net, batch_size)
     outputs = []
     for a, b in zip(_filled(x, size), _filled(v, size)):
         a, b = a.to(device), b.to(device)
         outputs.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
     return NSNetOutput(*(None if t[0] is None else torch.cat(t)[:len(x)].float().cpu() for t in zip(*outputs)))
 
-# %% ../nbs/19_inference.ipynb #d675c86e
+def _probability(logits: torch.Tensor) -> np.ndarray:
+    "The sigmoid of logits (n,) in float64. Raises ValueError for NaN or infinity, which would count as a photograph."
+    if logits.isfinite().all(): return logits.double().sigmoid().numpy()
+    raise ValueError("the network's answer is NaN or infinite: its weights or its input are damaged")
+
+# %% ../nbs/19_inference.ipynb #07882869
+def _learned(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "The weights that training makes, in place: everything but the frozen tower."
+    buffers = {name for name, _ in net.named_buffers() if not name.startswith("tower.")}
+    learned = buffers | {name for name, p in net.named_parameters() if p.requires_grad}
+    return {name: t.detach() for name, t in net.state_dict().items() if name in learned}
+
 def trained_state(
     net: torch.nn.Module,
 ) -> dict[str, torch.Tensor]:        # copies on the CPU
     "The weights that training makes: everything but the frozen tower."
-    buffers = {name for name, _ in net.named_buffers() if not name.startswith("tower.")}
-    learned = buffers | {name for name, p in net.named_parameters() if p.requires_grad}
-    return {name: t.detach().cpu().clone().contiguous() for name, t in net.state_dict().items() if name in learned}
+    return {name: t.cpu().clone().contiguous() for name, t in _learned(net).items()}
+
+def _kinds(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    "Type and shape of tensors, by name, with safetensors' name of the type."
+    return {name: f"{str(t.dtype).replace('torch.float', 'F')} {tuple(t.shape)}" for name, t in state.items()}
+
+# %% ../nbs/19_inference.ipynb #a54881a8
+def _refuse_other(own: dict[str, str], given: dict[str, str]) -> None:
+    "Raise ValueError that names the first tensor whose kind is not the expected one."
+    for name in sorted(own.keys() | given.keys()):
+        if own.get(name) == given.get(name): continue
+        found, wanted = given.get(name, "missing"), own.get(name, "nothing")
+        raise ValueError(f"these weights belong to another network: {name:.120} is {found}, expected {wanted}")
+
+def _expected_kinds(recipe: Recipe, backbone: Backbone) -> dict[str, str]:
+    "Type and shape of every weight that a system learns; nothing is allocated. Raises ValueError as `build_network`."
+    with torch.device("meta"):
+        P = torch.empty(backbone.embed_dim, backbone.embed_dim)
+        return _kinds(_learned(build_network(recipe, backbone.to("meta"), P)))
 
 def load_trained_state(
     net: torch.nn.Module,
     state: dict[str, torch.Tensor],  # from `trained_state`
 ) -> None:
-    "Put trained weights back in place. Raises ValueError that names the first tensor that does not fit."
-    own, given = ({name: tuple(t.shape) for name, t in s.items()} for s in (trained_state(net), state))
-    for name in sorted(own.keys() | given.keys()):
-        if own.get(name) == given.get(name): continue
-        found, wanted = given.get(name, "missing"), own.get(name, "nothing")
-        raise ValueError(f"these weights belong to another network: {name} is {found}, expected {wanted}")
+    "Put trained weights back. Raises ValueError that names the first tensor that does not fit, or is not finite."
+    _refuse_other(_kinds(_learned(net)), _kinds(state))
+    for name, t in state.items():
+        if not t.isfinite().all(): raise ValueError(f"the weights are damaged: {name} has NaN or infinite numbers")
     net.load_state_dict(state, strict=False)
 
-# %% ../nbs/19_inference.ipynb #a9fa3562
+# %% ../nbs/19_inference.ipynb #fe1ecb09
 def save_weights(
     file: str | Path,
     state: dict[str, torch.Tensor],
@@ -162,12 +189,16 @@ def save_weights(
 
 def load_weights(
     file: str | Path,
+    read: bool = True,               # False: leave them in the file, and return the type and shape of each instead
 ) -> tuple[dict[str, torch.Tensor], dict]:  # weights and facts
     "What `save_weights` has written. Raises ValueError for a file that is missing, damaged or something else."
     if not Path(file).is_file(): raise ValueError(f"{file}: no such file")
     try:
         with safe_open(file, "pt") as f:
-            facts, state = json.loads(f.metadata()["nsnet"]), {k: f.get_tensor(k) for k in f.keys()}
-        if facts.pop("weights") == fingerprint(state): return state, facts
+            facts, parts = json.loads(f.metadata()["nsnet"]), {k: f.get_slice(k) for k in f.keys()}
+            mark, kinds = facts.pop("weights"), {k: f"{s.get_dtype()} {tuple(s.get_shape())}" for k, s in parts.items()}
+            if not read: return kinds, facts
+            state = {k: f.get_tensor(k) for k in parts}
+        if mark == fingerprint(state): return state, facts
     except Exception: pass
     raise ValueError(f"{file} is damaged, or was not written by nsnet: get a fresh copy, or delete it and start again")

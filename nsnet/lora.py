@@ -37,7 +37,7 @@ def _unfold_attention(visual):
             visual.get_submodule(name.rpartition(".")[0]).attn = _Attention(module)
     return visual
 
-# %% ../nbs/12_lora.ipynb #18ccffdc
+# %% ../nbs/12_lora.ipynb #8d2628cc
 _FAMILIES = {                   # what "attn" and "mlp" mean, by the name of the tower's blocks
     "resblocks": dict(attn=("attn.qkv", "attn.proj"), mlp=("mlp.c_fc", "mlp.c_proj")),      # open_clip, unfolded
     "blocks": dict(attn=("attn.qkv", "attn.proj"), mlp=("mlp.fc1", "mlp.fc2")),             # timm
@@ -54,17 +54,16 @@ def _lora_targets(
         found = re.search(r"(resblocks|blocks)\.(\d+)\.(.+)$", name)
         if found and isinstance(module, nn.Linear):
             inside.setdefault((found[1], found[3]), []).append((int(found[2]), name))
-    modules = []
-    for target in targets:
+    modules, depth = [], 1 + max((block for at in inside.values() for block, _ in at), default=-1)
+    for target in dict.fromkeys(targets):
         layers = [at for (family, layer), at in inside.items()
                   if layer == target or layer in _FAMILIES[family].get(target, ())]
         if not layers:
             known = ", ".join(sorted({layer for _, layer in inside})) or "none"
             raise ValueError(f"no layer {target!r} in this tower: attn, mlp or one of {known}")
         modules += [name for at in layers for block, name in at if blocks is None or block in blocks]
-    if not modules:
-        depth = 1 + max(block for at in inside.values() for block, _ in at)
-        raise ValueError(f"no block {blocks} in this tower: it has {depth}")
+    if not modules or not set(blocks or ()) <= set(range(depth)):
+        raise ValueError(f"no block {blocks} in this tower: it has {depth}" if targets else "lora_targets is empty")
     return modules
 
 # %% ../nbs/12_lora.ipynb #3b451d8e

@@ -13,10 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/14_losses.ipynb #f90d8491
+# %% ../nbs/14_losses.ipynb #eaccb867
 def _similarities(f: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     "f·f/τ (B, B) in float32 or better, and the mask of all pairs of different samples."
     if f.ndim != 2 or y.shape != f.shape[:1]: raise ValueError(f"not (B, h) and (B,): f {(*f.shape,)}, y {(*y.shape,)}")
+    if not 0 < temperature < float("inf"): raise ValueError(f"temperature must be a number above 0, got {temperature}")
     f = f if f.dtype == torch.float64 else f.float()
     return f @ f.T / temperature, ~torch.eye(len(f), dtype=torch.bool, device=f.device)
 
@@ -41,7 +42,12 @@ def supcon_floor(
     n = (y[:, None] == y[None, :]).sum(1) - 1
     return n.clamp_min(1).log().sum() / (n > 0).sum().clamp_min(1)
 
-# %% ../nbs/14_losses.ipynb #f0f16ff7
+# %% ../nbs/14_losses.ipynb #dc39d4e6
+def _log_sum(sim: Tensor, mask: Tensor, eps: float) -> Tensor:
+    "log(Σ exp(sim) + eps) over the places of the mask (B,), whose exponentials may be too large for a number."
+    sums = sim.masked_fill(~mask, torch.finfo(sim.dtype).min).logsumexp(1)
+    return torch.logaddexp(sums, torch.full_like(sums, eps).log())
+
 def supcon_loss_as_released(
     f: Tensor, # (B, h), rows of length one
     y: Tensor, # (B,) labels
@@ -50,8 +56,10 @@ def supcon_loss_as_released(
 ) -> Tensor: # scalar
     "Contrastive loss of the released notebooks: minus log of the positives' summed share, mean over all anchors."
     sim, other = _similarities(f, y, temperature)
+    same = y[:, None] == y[None, :]
+    if temperature < 1/80: return (_log_sum(sim, other, eps) - _log_sum(sim, other & same, eps)).sum() / max(len(f), 1)
     weight = sim.exp() * other
-    share = ((weight * (y[:, None] == y[None, :])).sum(1) + eps) / (weight.sum(1) + eps)
+    share = ((weight * same).sum(1) + eps) / (weight.sum(1) + eps)
     return -share.log().sum() / max(len(f), 1)
 
 # %% ../nbs/14_losses.ipynb #86d3cf51

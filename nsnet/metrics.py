@@ -9,19 +9,30 @@ __all__ = ['METRICS', 'reliability', 'point_metrics', 'bootstrap', 'evaluate', '
 # %% ../nbs/17_metrics.ipynb #5ee26570
 import numpy as np
 
-# %% ../nbs/17_metrics.ipynb #2a3f249e
+# %% ../nbs/17_metrics.ipynb #bfdb7d1c
 METRICS = ("accuracy", "real_accuracy", "fake_accuracy", "average_precision", "auroc", "tpr_at_5fpr", "ece")
 
-def _checked(y, score) -> tuple[np.ndarray, np.ndarray]:
-    "Labels (n,) as int and scores (S, n) as float64."
+def _checked(y, score, strict: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    "Labels (n,) as int and scores (S, n) as float64; strict: both labels and probabilities, else any finite numbers."
     y, score = np.asarray(y).ravel(), np.atleast_2d(np.asarray(score, np.float64))
     if score.shape[-1] != len(y): raise ValueError(f"y has {len(y)} labels, score has {score.shape[-1]}")
-    if set(np.unique(y)) != {0, 1}:
-        raise ValueError(f"y must hold both labels 0 (real) and 1 (generated), got {np.unique(y).astype(int).tolist()}")
-    if not ((score >= 0) & (score <= 1)).all(): raise ValueError("score must be a probability from 0 to 1 (NaN is not)")
-    return y.astype(int), score
+    if y.dtype.kind in "USMm" or not np.isin(y, (0, 1)).all():
+        found = " ".join(str(list(dict.fromkeys(y[:99].tolist()))).split())[:60]
+        raise ValueError(f"labels are the numbers 0 (real) and 1 (generated), got {found}")
+    y = y.astype(int)
+    if strict and len(set(y)) < 2: raise ValueError(f"y must hold both labels 0 (real) and 1 (generated), got {y[:1]}")
+    if not ((score >= 0) & (score <= 1) if strict else np.isfinite(score)).all():
+        raise ValueError("score must be " + ("a probability from 0 to 1" if strict else "finite") + " (NaN is not)")
+    return y, score
 
-# %% ../nbs/17_metrics.ipynb #f4b16447
+def _thresholds(thresholds, n: int) -> np.ndarray:
+    "Finite thresholds (n,): one for all, or n of them."
+    found = np.asarray(thresholds, np.float64)
+    if found.ndim and found.shape != (n,): raise ValueError(f"{found.size} thresholds for {n} rows of scores")
+    if not np.isfinite(found).all(): raise ValueError("a threshold is not finite (NaN or inf)")
+    return np.broadcast_to(found, n)
+
+# %% ../nbs/17_metrics.ipynb #662f263e
 def _bin(score: np.ndarray, bins: int) -> np.ndarray:
     "The bin of each score; 1.0 belongs to the last."
     return np.minimum((score*bins).astype(int), bins - 1)
@@ -32,7 +43,7 @@ def reliability(
     bins: int = 15,  # of equal width
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # mean score, share of generated, images; one entry per non-empty bin
     "What a reliability diagram shows: how often images of one score are generated."
-    y, score = np.asarray(y), np.asarray(score, np.float64)
+    y, (score,) = _checked(y, np.ravel(score), strict=False)
     b = _bin(score, bins)
     n = np.bincount(b, minlength=bins)
     mean_score, share = (np.bincount(b, x, bins)[n > 0]/n[n > 0] for x in (score, y))
@@ -45,6 +56,7 @@ def point_metrics(
 ) -> dict[str, float]:       # one value for each name in METRICS
     "The seven metrics, without intervals, by scikit-learn."
     from sklearn import metrics as skm
+    (y, (score,)), (threshold,) = _checked(y, np.ravel(score)), _thresholds(threshold, 1)
     correct = (score >= threshold) == y
     fpr, tpr, _ = skm.roc_curve(y, score, drop_intermediate=False)
     mean_score, share, n = reliability(y, score)
@@ -86,15 +98,18 @@ def _weighted_metrics(y: np.ndarray, score: np.ndarray, weights: np.ndarray, thr
                under_roc / (n_real * n_fake), allowed / n_fake, abs(weights @ surplus).sum(1) / (n_real + n_fake))
     return np.stack(columns, 1)
 
-# %% ../nbs/17_metrics.ipynb #5d75efcf
+# %% ../nbs/17_metrics.ipynb #98275b54
 def bootstrap(
     y: np.ndarray,           # (n,) labels, 0 real, 1 generated
     scores: np.ndarray,      # (S, n) probabilities of being generated, one row per seed of training
-    thresholds,              # (S,) one per row
+    thresholds,              # (S,) one per row, or one for all
     n_boot: int = 1000,      # draws
     seed: int = 0,           # of the draws; with the same seed, two systems meet the same images
 ) -> np.ndarray:             # (n_boot, 7), columns as in METRICS
     "Metrics of each draw, averaged over the rows of `scores`; a few draws at a time, to bound the memory."
+    y, scores = _checked(y, scores)
+    thresholds = _thresholds(thresholds, len(scores))
+    if n_boot < 0: raise ValueError(f"n_boot={n_boot}: a number of draws from 0 is expected")
     rng, size, draws = np.random.default_rng(seed), max(1, 2_000_000//len(y)), [np.empty((0, len(METRICS)))]
     for start in range(0, n_boot, size):
         weights = _resamples(y, min(size, n_boot - start), rng)
@@ -125,7 +140,7 @@ def evaluate(
     draws = bootstrap(y, score, [threshold], n_boot, seed)
     return _with_intervals(point_metrics(y, score[0], threshold), draws) | _counts(y)
 
-# %% ../nbs/17_metrics.ipynb #5e949a19
+# %% ../nbs/17_metrics.ipynb #27b51b19
 def evaluate_seeds(
     y,                       # (n,) labels, 0 real, 1 generated
     scores,                  # (S, n) probabilities of being generated, one row per seed
@@ -135,17 +150,17 @@ def evaluate_seeds(
 ) -> dict[str, float]:       # each of METRICS (mean over seeds), with `_sd` (NaN for one seed), `_low`, `_high`; counts
     "Mean and deviation over seeds, and the 95 % interval of the mean under resampling of the test images."
     y, scores = _checked(y, scores)
-    thresholds = np.broadcast_to(threshold, len(scores))
+    thresholds = _thresholds(threshold, len(scores))
     points = np.array([list(point_metrics(y, s, t).values()) for s, t in zip(scores, thresholds)])
     draws = bootstrap(y, scores, thresholds, n_boot, seed)
     sd = points.std(0, ddof=1) if len(scores) > 1 else np.full(len(METRICS), np.nan)
     result = _with_intervals(dict(zip(METRICS, points.mean(0).tolist())), draws)
     return result | {f"{name}_sd": float(v) for name, v in zip(METRICS, sd)} | _counts(y) | {"n_seeds": len(scores)}
 
-# %% ../nbs/17_metrics.ipynb #180103a1
+# %% ../nbs/17_metrics.ipynb #00d8fb58
 def _best_cut(y: np.ndarray, score: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
     "Threshold of the highest weighted accuracy, and that accuracy; exact, by one sort."
-    if not len(y) or np.isnan(score).any(): raise ValueError("a threshold needs at least one score and no NaN")
+    if not len(y): raise ValueError("a threshold needs at least one score")
     fp, tp = (curve[0] for curve in _curves(y, score, weight[None]))
     n_fake, total = tp[-1], fp[-1] + tp[-1]
     real_wrong, fake_wrong = np.append(0, fp), np.append(n_fake, n_fake - tp)
@@ -162,7 +177,8 @@ def best_threshold(
     score,                   # (n,) any real numbers, higher for generated
 ) -> tuple[float, float]:    # threshold (scores at or above it count as generated) and the accuracy there
     "The threshold of the highest accuracy on these images: an oracle, if they are test images."
-    return _best_cut(np.asarray(y).ravel(), np.asarray(score, np.float64).ravel(), np.ones(np.size(y)))
+    y, (score,) = _checked(y, np.ravel(score), strict=False)
+    return _best_cut(y, score, np.ones(len(y)))
 
 # %% ../nbs/17_metrics.ipynb #688d95fa
 def calibrate_threshold(

@@ -12,16 +12,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# %% ../nbs/13_nullspace.ipynb #af52690e
+# %% ../nbs/13_nullspace.ipynb #a93d2d47
+def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def project_per_sample(
     u: Tensor, # image embeddings (B, d)
     m: Tensor, # one direction per image (B, d), of any length
     eps: float = 1e-8, # floor of the squared length of `m`
 ) -> Tensor: # (B, d): each row of `u` without its part along the same row of `m`
-    "Remove each sample's own caption direction, in O(B d) (eq. 16); ValueError if the shapes differ."
+    "Remove each sample's own caption direction, in O(B d) and float32 at least (eq. 16); ValueError for two shapes."
     if u.shape != m.shape: raise ValueError(f"u and m differ in shape: {tuple(u.shape)} and {tuple(m.shape)}")
+    dtype, u, m = torch.promote_types(u.dtype, m.dtype), _wide(u), _wide(m)
     along = (u * m).sum(-1, keepdim=True) / (m * m).sum(-1, keepdim=True).clamp_min(eps)
-    return u - along * m
+    return (u - along * m).to(dtype)
 
 # %% ../nbs/13_nullspace.ipynb #632321c9
 def _captions_gram(captions: Tensor | Iterable[Tensor], chunk: int = 4096) -> Tensor:
@@ -36,11 +39,16 @@ def _captions_gram(captions: Tensor | Iterable[Tensor], chunk: int = 4096) -> Te
     if not gram.isfinite().all(): raise ValueError("a caption embedding is not finite (NaN or inf)")
     return gram
 
-# %% ../nbs/13_nullspace.ipynb #35a12042
+# %% ../nbs/13_nullspace.ipynb #f03f235f
 def _directions(captions: Tensor | Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     "Singular values (d,), largest first, and the matching directions as columns (d, d), in float64."
     eigenvalues, vectors = torch.linalg.eigh(_captions_gram(captions))
     return eigenvalues.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+
+def _n_above(spectrum: Tensor, tau_sv: float) -> int:
+    "How many singular values are above `tau_sv` times the largest."
+    if not 0 <= tau_sv <= 1: raise ValueError(f"tau_sv must be from 0 to 1, got {tau_sv}")
+    return int((spectrum > tau_sv * spectrum[0]).sum())
 
 def caption_spectrum(
     captions: Tensor | Iterable[Tensor], # (N, d), or batches of it, read once
@@ -53,10 +61,9 @@ def null_rank_of(
     tau_sv: float = 1e-6, # relative to the largest singular value
 ) -> int: # how many directions no caption touches
     "Dimension of the captions' null space: singular values of at most `tau_sv` times the largest."
-    spectrum = caption_spectrum(captions)
-    return int((spectrum <= tau_sv * spectrum[0]).sum())
+    return len(spectrum := caption_spectrum(captions)) - _n_above(spectrum, tau_sv)
 
-# %% ../nbs/13_nullspace.ipynb #a57fb7c9
+# %% ../nbs/13_nullspace.ipynb #9846619f
 class EmptyNullSpace(ValueError):
     "The captions leave no direction free, so eq. 15 projects everything to zero."
     def __init__(self, why: str):
@@ -76,12 +83,12 @@ def _n_dropped(spectrum: Tensor, tau_sv: float, null_rank: int | None, energy: f
         n = int((carried < energy * carried[-1]).sum()) + 1
         if n < d: return n
         raise EmptyNullSpace(f"it takes all {d} directions to carry {energy:.6g} of the energy")
-    n = int((spectrum > tau_sv * spectrum[0]).sum())
+    n = _n_above(spectrum, tau_sv)
     if n < d: return n
     raise EmptyNullSpace(f"the captions span all {d} directions (smallest singular value "
                          f"{spectrum[-1] / spectrum[0]:.1e} of the largest, tau_sv {tau_sv:.0e})")
 
-# %% ../nbs/13_nullspace.ipynb #d758b884
+# %% ../nbs/13_nullspace.ipynb #16d6ce5f
 def global_projection(
     V: Tensor | Iterable[Tensor], # caption embeddings (N, d), or batches of them, read once
     tau_sv: float = 1e-6, # null: singular value at most `tau_sv` times the largest (eq. 15)
@@ -96,17 +103,18 @@ def global_projection(
 def project_global(
     u: Tensor, # image embeddings (B, d)
     P: Tensor, # projector (d, d)
-) -> Tensor: # (B, d), in the precision of `u`
+) -> Tensor: # (B, d), in the precision of `u`, computed in float32 at least
     "Keep of each image embedding what the projector keeps: Ũ = U P (eq. 15)."
-    return u @ P.to(u)
+    return (_wide(u) @ P.to(_wide(u))).to(u.dtype)
 
-# %% ../nbs/13_nullspace.ipynb #97948ac0
+# %% ../nbs/13_nullspace.ipynb #b32e0fd9
 def global_projection_as_released(
     V: Tensor, # caption embeddings (N, d), all at once
     tau_sv: float = 1e-6, # absolute threshold on the singular values
 ) -> Tensor: # (d, d) float64
     "What the released notebooks call the null space: the last max(1, d - rank) rows of the thin SVD's Vᵀ."
-    _, singular_values, Vh = torch.linalg.svd(V, full_matrices=False)
+    if not V.isfinite().all(): raise ValueError("a caption embedding is not finite (NaN or inf)")
+    _, singular_values, Vh = torch.linalg.svd(_wide(V), full_matrices=False)
     null_dim = max(1, V.shape[1] - int((singular_values > tau_sv).sum()))
     kept = Vh[-null_dim:].double()
     return kept.T @ kept

@@ -165,15 +165,19 @@ def difference(
             rows.append(dict(test=test, seen=mark, metric=metric) | by_seed | spread)
     return pd.DataFrame(rows)
 
-# %% ../nbs/24_report.ipynb #cb680879
+# %% ../nbs/24_report.ipynb #d715744d
 def read_history(
     folder: str | Path, # of a finished training run
 ) -> pd.DataFrame: # a row for each epoch: epoch, contrastive, bce, alignment, val_accuracy; no rows without a history
     "The loss terms and the validation accuracy of a run, epoch by epoch."
     columns = ["epoch", "contrastive", "bce", "alignment"]
     if not Path(folder, "history.csv").exists(): return pd.DataFrame(columns=[*columns, "val_accuracy"])
-    terms = pd.read_csv(Path(folder, "history.csv"))[columns].groupby("epoch").mean()
-    return terms.assign(val_accuracy=pd.read_csv(Path(folder, "validation.csv")).accuracy).reset_index()
+    try:
+        terms = pd.read_csv(Path(folder, "history.csv"))[columns].astype(float).astype(dict(epoch=int))
+        accuracy = pd.read_csv(Path(folder, "validation.csv")).accuracy.astype(float)
+        return terms.groupby("epoch").mean().assign(val_accuracy=accuracy).reset_index()
+    except (OSError, ValueError, KeyError, AttributeError): pass
+    raise ValueError(f"{folder}: history.csv or validation.csv is damaged; delete the folder, and it is trained again")
 
 # %% ../nbs/24_report.ipynb #06908f2b
 _PACKAGES = ("nsnet", "numpy", "pandas", "pillow", "scikit-learn", "torch", "open_clip_torch", "transformers", "peft",

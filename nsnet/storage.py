@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'Records', 'Tensors', 'open_collection', 'refuse_if_mostly_rejected', 'asset']
 
-# %% ../nbs/02_storage.ipynb #8bbff1a2
+# %% ../nbs/02_storage.ipynb #7f3263ae
 import ctypes
 import dataclasses
 import hashlib
@@ -15,17 +15,19 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from glob import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from safetensors import safe_open
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .images import atomic_write, content_hash
+from .images import _one_line, atomic_write, content_hash
 
 # %% ../nbs/02_storage.ipynb #86f54731
 def _array(thing) -> list | None:
@@ -64,7 +66,7 @@ def fingerprint(
     "A name that depends on the content of things and on nothing else. Raises TypeError for what has no fixed content."
     return hashlib.sha256(json.dumps(_content(things), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/02_storage.ipynb #d293c891
+# %% ../nbs/02_storage.ipynb #2534008f
 def _read(path: Path) -> list[dict]:
     "The records of a file, without an unfinished last line. Raises ValueError for a damaged line."
     if not path.exists(): return []
@@ -81,7 +83,7 @@ def _read(path: Path) -> list[dict]:
 def _append(path: Path, records: list[dict]) -> None:
     "Add records behind the last finished line and wait until they are on the disk."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60), open(path, "ab+") as file:
         start = max(0, file.tell() - 2**16)
         file.seek(start)
         file.truncate(start + file.read().rfind(b"\n") + 1)
@@ -89,9 +91,9 @@ def _append(path: Path, records: list[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/02_storage.ipynb #f480ce0c
+# %% ../nbs/02_storage.ipynb #43c44e47
 class Records:
-    "JSON lines, appended as they are made; one file has one writer, further writers (`rank`) have a file beside it."
+    "JSON lines, appended as they are made, by one process at a time; with `rank` each has a file of its own."
     def __init__(self,
         path: str | Path | None = None,  # made by the first append; None: in memory only
         rank: int | None = None,         # append to "<stem>.part<rank><suffix>"; all parts are read whatever it is
@@ -108,7 +110,7 @@ class Records:
         if self.path and rows: _append(self.path, rows)
         self.rows += rows
 
-# %% ../nbs/02_storage.ipynb #dc43d6c9
+# %% ../nbs/02_storage.ipynb #4fc2a8dc
 def _read_rows(keys: Sequence[str], where: dict):
     "The rows of n > 0 keys, in their order, each file opened once."
     wanted, out = {}, None
@@ -118,10 +120,12 @@ def _read_rows(keys: Sequence[str], where: dict):
             for i, key in found:
                 row = f.get_tensor(key)
                 if out is None: out = row.new_empty(len(keys), *row.shape)
+                if (row.shape, row.dtype) != (out.shape[1:], out.dtype) or not row.isfinite().all(): raise ValueError(
+                    f"{file}: {key} is damaged or of another kind (NaN, infinite, other shape); remove the file")
                 out[i] = row
     return out
 
-# %% ../nbs/02_storage.ipynb #5d400b9c
+# %% ../nbs/02_storage.ipynb #15f64c9e
 class Tensors:
     "Tensors by key, in a folder of safetensors files and read when asked for."
     def __init__(self,
@@ -129,9 +133,8 @@ class Tensors:
     ):
         self.folder, self._where = folder and Path(folder), {}   # key -> its file, or the tensor itself
         for file in sorted(self.folder.glob("[!.]*.safetensors")) if folder else ():
-            try:
-                with safe_open(file, "pt") as f: self._where |= dict.fromkeys(f.keys(), file)
-            except Exception: file.unlink()                       # half a file of a killed machine: computed again
+            with suppress(Exception), safe_open(file, "pt") as f:  # half a file of a killed machine: computed again
+                self._where |= dict.fromkeys(f.keys(), file)
 
     def __contains__(self, key: str) -> bool: return key in self._where
 
@@ -197,15 +200,26 @@ def open_collection(
                    [(str(names[i]), reason) for i, (_, reason) in tried if reason is not None])
             bar.update(len(results))
 
-# %% ../nbs/02_storage.ipynb #7ef356e1
+# %% ../nbs/02_storage.ipynb #4036a87d
+def _require(index, *columns: str):
+    "The index. Raises ValueError for what is no table, has no images, or lacks one of these columns."
+    hint = "nsnet.index_folder(folder) makes an index"
+    if not hasattr(index, "columns"): raise ValueError(_one_line(f"a table is expected, not {index!r:.80}: {hint}"))
+    lacks = [f"column {name}" for name in columns if name not in index] or ["images"]*(not len(index))
+    if lacks: raise ValueError(f"the index has no {', no '.join(lacks)}: {hint}")
+    return index
+
 def refuse_if_mostly_rejected(
     rejected: Sequence[tuple[str, str]],  # (path, reason)
     total: int,                           # images there were
+    root: str | Path | None = None,       # folder that their paths start from, for the message
 ) -> None:
     "Raise ValueError when more than half of the images cannot be used."
     if len(rejected)*2 <= total: return
     reasons = ", ".join(f"{n} × {reason}" for reason, n in Counter(r for _, r in rejected).most_common(3))
-    raise ValueError(f"{len(rejected)} of {total} images cannot be used ({reasons}); the first is {rejected[0][0]}")
+    first = rejected[0][0]
+    if root is not None: first += f", looked for in root={str(root)!r}"
+    raise ValueError(_one_line(f"{len(rejected)} of {total} images cannot be used ({reasons}); the first is {first}"))
 
 # %% ../nbs/02_storage.ipynb #66f1ecf0
 def asset(

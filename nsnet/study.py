@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['resolve', 'find_study', 'parameters_of', 'read_parameters', 'run_study', 'study_index', 'main']
 
-# %% ../nbs/25_study.ipynb #4bbbf1c7
+# %% ../nbs/25_study.ipynb #3ba94ec3
 import ast
 import base64
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import make_dataclass
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,13 +24,13 @@ from PIL import Image
 
 import nsnet
 from .benchmarks import index_any
-from .config import Preset
+from .config import Preset, override
 from .formats import balance_formats, normalise_format
 from .generators import index_mini
 from .index import split
 from .kaggle import download_dalle
 
-# %% ../nbs/25_study.ipynb #bec15840
+# %% ../nbs/25_study.ipynb #48df8d01
 def _checkout() -> Path | None:
     "The top of the checkout that the current folder lies in; None outside one."
     places = (Path.cwd(), *Path.cwd().parents)
@@ -35,9 +38,16 @@ def _checkout() -> Path | None:
 
 def resolve(
     path: str | Path, # as given
+    make: bool = False, # make the folder, and see that it takes a file of a megabyte
 ) -> Path:
-    "A relative path from the top of the checkout, or from the current folder outside one."
-    return Path(os.path.normpath((_checkout() or Path.cwd())/path))
+    "A relative path from the top of the checkout, or from the current folder outside one. ValueError if not writable."
+    folder = Path(os.path.normpath((_checkout() or Path.cwd())/path))
+    if not make: return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file: file.write(bytes(2**20))
+    except OSError as error: raise ValueError(f"nothing can be written to {folder}: {error.strerror}") from None
+    return folder
 
 def find_study(
     name: str | Path, # "table1", or the path of a notebook
@@ -73,36 +83,29 @@ def parameters_of(
     return {key: _Parameter(key, _TYPES[p["inferred_type_name"]], ast.literal_eval(p["default"]), p["help"])
             for key, p in found.items()}
 
-# %% ../nbs/25_study.ipynb #7b4947b7
-def _converted(value: Any, p: _Parameter) -> Any:
-    "The value in the type of the parameter. Raises ValueError when it cannot be."
-    if value is None or isinstance(value, str) and value == "None": return p.default
-    if isinstance(value, (list, tuple)): value = ",".join(map(str, value))
-    if p.type is str: return str(value)
-    try: value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError): pass
-    if type(value) is int and p.type is float: value = float(value)
-    if type(value) is p.type: return value
-    example = "" if p.default is None else f", as in {p.name}={p.default!r}"
-    raise ValueError(f"{p.name}={value!r}: {p.type.__name__} expected{example}")
-
+# %% ../nbs/25_study.ipynb #25f87193
 def _checked(notebook: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    "The parameters in their types. Raises ValueError for an unknown one, with those known, and for a wrong type."
-    known = parameters_of(notebook)
-    for name in params:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r} of {Path(notebook).stem}: one of {', '.join(known)}")
-    return {name: _converted(value, known[name]) for name, value in params.items()}
+    "The parameters in their types and ranges. Raises ValueError for an unknown one, with those known, or for a value."
+    known, given = parameters_of(notebook), {}
+    for name, value in params.items():
+        if isinstance(value, (list, tuple)): value = ",".join(map(str, value))
+        if name in known and known[name].type is str and value is not None: value = str(value)
+        given[name] = None if isinstance(value, str) and value == "None" else value                # keeps the default
+    defaults = make_dataclass(Path(notebook).stem, [(p.name, p.type | None, p.default) for p in known.values()])()
+    return {name: getattr(override(defaults, **given), name) for name in params}
 
-# %% ../nbs/25_study.ipynb #16d59e4c
+# %% ../nbs/25_study.ipynb #214f816a
 def read_parameters(
     notebook: str | Path, # the study that runs
     names: Mapping[str, Any], # its `globals()`
 ) -> SimpleNamespace: # a field for each parameter
-    "The parameters of a running study in their types. Raises ValueError for a value of a wrong type."
-    return SimpleNamespace(**_checked(notebook, {name: names.get(name) for name in parameters_of(notebook)}))
+    "The parameters of a running study in their types. Raises ValueError for a wrong value and for an unknown name."
+    injected = [ast.parse(cell) for cell in names.get("In", ()) if cell.startswith("# Parameters\n")]  # by papermill
+    given = {node.id for cell in injected for node in ast.walk(cell) if type(getattr(node, "ctx", 0)) is ast.Store}
+    found = _checked(notebook, {name: names.get(name) for name in [*parameters_of(notebook), *sorted(given)]})
+    return SimpleNamespace(**found)
 
-# %% ../nbs/25_study.ipynb #b0d020d6
+# %% ../nbs/25_study.ipynb #af80fa71
 _LARGE = 60_000    # bytes that a picture of a record may take
 
 def _encoded(image: Image.Image, **options) -> str:
@@ -132,7 +135,6 @@ def _tidy(notebook: Path, out: Path) -> None:
     nbformat.write(nb, notebook)
     os.replace(notebook, out)
 
-# %% ../nbs/25_study.ipynb #32a3b3ff
 def _execute(notebook: Path, out: Path, params: dict, progress: bool) -> None:
     "Run a notebook with papermill into `out`, written as it goes; a failing cell raises RuntimeError with one line."
     import papermill
@@ -145,28 +147,38 @@ def _execute(notebook: Path, out: Path, params: dict, progress: bool) -> None:
         raise RuntimeError(f"{notebook.stem} stopped in cell {error.cell_index} ({line}): {reason}; "
                            f"what it did until then is in {notebook.stem}.failed.ipynb") from None
 
+# %% ../nbs/25_study.ipynb #2718c0b3
+def _remove_leftovers(folder: Path, stem: str) -> None:
+    "Remove the unfinished notebooks of processes that are no more."
+    import psutil
+    for file in folder.glob(f".{stem}.*.ipynb"):
+        if (pid := file.stem.rpartition(".")[2]).isdecimal() and not psutil.pid_exists(int(pid[:9])): file.unlink()
+
 def run_study(
     name: str | Path, # "table1", or the path of a notebook
     out: str | Path | None = None, # folder for the results; None: the study's own default
     progress: bool = True, # show what the study prints, and its progress
     **params, # the study's parameters
 ) -> Path: # the executed notebook
-    "Run a study. Raises ValueError for a wrong parameter, RuntimeError when a cell fails."
+    "Run a study. Raises ValueError for a wrong parameter or folder, RuntimeError when a cell or the disk fails."
     notebook = find_study(name)
     known = parameters_of(notebook)
     if out is not None and "out" in known: params["out"] = out
     params = _checked(notebook, params)
     default = known["out"].default if "out" in known else f"reports/{notebook.stem}"
-    folder = resolve(out or params.get("out") or default)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = resolve(out or params.get("out") or default, make=True)
+    _remove_leftovers(folder, notebook.stem)
     partial, final, failed = (folder/f"{stem}.ipynb" for stem in
                               (f".{notebook.stem}.{os.getpid()}", notebook.stem, f"{notebook.stem}.failed"))
-    try: _execute(notebook, partial, params, progress)
-    except BaseException:
-        if partial.exists(): _tidy(partial, failed)
+    try:
+        _execute(notebook, partial, params, progress)
+        _tidy(partial, final)
+        failed.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError, ValueError): _tidy(partial, failed)
+        with suppress(OSError): partial.unlink(missing_ok=True)
+        if isinstance(error, OSError): raise RuntimeError(f"{error.strerror}: {folder}") from None
         raise
-    failed.unlink(missing_ok=True)
-    _tidy(partial, final)
     return final
 
 # %% ../nbs/25_study.ipynb #06036b6a
@@ -201,7 +213,7 @@ def study_index(
     if not rule: return index, root
     return normalise_format(index, root, Path(cache)/"encoded", rule, side, quality, progress)
 
-# %% ../nbs/25_study.ipynb #0e712a1e
+# %% ../nbs/25_study.ipynb #a61eff21
 def _help(name: str) -> int:
     "Print the parameters of a study."
     for p in parameters_of(name).values(): print(f"{p.name + '=' + str(p.default):28} {p.help}")
@@ -220,7 +232,7 @@ def main(
         pairs = [a.partition("=") for a in args[1:]]
         if wrong := [name for name, eq, _ in pairs if not eq]: raise ValueError(f"{wrong[0]!r}: NAME=VALUE expected")
         print(run_study(args[0], **{name: value for name, _, value in pairs}))
-    except (ValueError, RuntimeError) as error: sys.exit(f"nsnet: {error}")
+    except (ValueError, RuntimeError) as error: sys.exit(f"nsnet: {' '.join(str(error).split())}")
     return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

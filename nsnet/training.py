@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/22_training.ipynb #be676ce1
+# %% ../nbs/22_training.ipynb #b777a8d9
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .captions import _worded
 from .clip import Backbone, check_canvas, load_backbone, text_features
 from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_for
 from .config import preset as known_preset
 from .detector import Detector
 from .images import atomic_write, write_rejected
-from .inference import (build_network, load_trained_state, load_weights, network_inputs, predict, preprocess_all,
-                             projection_matrix, save_weights, trained_state)
+from .inference import (_probability, build_network, load_trained_state, load_weights, network_inputs, predict,
+                             preprocess_all, projection_matrix, save_weights, trained_state)
 from .losses import nsnet_loss
 from .metrics import calibrate_threshold, point_metrics
-from .storage import fingerprint
+from .storage import _require, fingerprint
 
-# %% ../nbs/22_training.ipynb #0c3b6161
+# %% ../nbs/22_training.ipynb #8219bf4a
 @dataclass
 class Part:
     "The images of one split, ready for the network."
@@ -38,10 +40,14 @@ class Part:
 
 def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
     "The training and validation images. Raises ValueError for what cannot be trained on."
+    _require(index, "path", "label", "generator", "split", "sha256", "caption")
     used = index[index.split.isin(["train", "val"])]
-    if set(used[used.split == "train"].label) != {0, 1}:
-        raise ValueError("training needs images of both labels whose split is 'train': run index.split(index) first")
-    if recipe.kind == "nsnet" and not used.caption.fillna("").astype(bool).all():
+    if not used.label.isin([0, 1]).all(): raise ValueError("a label is 0 (real) or 1 (generated); the index has others")
+    real, fake = ((used.split.eq("train") & used.label.eq(label)).sum() for label in (0, 1))
+    if not real or not fake: raise ValueError(
+        f"training needs real and generated images whose split is 'train', there are {real} and {fake}: "
+        "nsnet.split(index) makes splits of an index that has both labels")
+    if recipe.kind == "nsnet" and not all(_worded(used.caption)):
         raise ValueError("training needs a caption for every image: run captions.caption(index, root) first")
     if recipe.reshuffle and not recipe.lora_rank:
         raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
@@ -91,7 +97,7 @@ def _reshuffled(canvases: Tensor, patch: int) -> Tensor:
     x = x[torch.arange(len(x))[:, None], order]
     return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/22_training.ipynb #a4a9c54d
+# %% ../nbs/22_training.ipynb #a889b83c
 def train_step(
     net: torch.nn.Module,         # NSNet, or what accelerate made of it
     optimizer: torch.optim.Optimizer,
@@ -100,7 +106,7 @@ def train_step(
     recipe: Recipe,
     accelerator,                  # accelerate's Accelerator
 ) -> dict[str, float]:            # total, contrastive, bce, alignment (eq. 21)
-    "One step of the optimiser."
+    "One step of the optimiser. Raises ValueError for a loss that is NaN or infinite."
     terms, device = np.zeros(4), next(net.parameters()).device
     optimizer.zero_grad()
     for rows in chosen.chunk(recipe.gradient_accumulation):
@@ -113,12 +119,13 @@ def train_step(
                           recipe.contrastive, recipe.align_reduction, gather=accelerator.num_processes > 1)
         accelerator.backward(share*loss.total)
         terms += share*np.array([term.item() for term in loss])
+    if not np.isfinite(terms).all(): raise ValueError(f"the loss is {terms[0]}: lower lr")
     if recipe.max_grad_norm:
         accelerator.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], recipe.max_grad_norm)
     optimizer.step()
     return dict(zip(loss._fields, terms.tolist()))
 
-# %% ../nbs/22_training.ipynb #d192c733
+# %% ../nbs/22_training.ipynb #991f2622
 _OTHER = " (other recipe, images, captions, seed or backbone): give another folder as out, or delete it"
 
 def _save_checkpoint(path, net, optimizer, best: dict, run: dict) -> None:
@@ -130,7 +137,7 @@ def _save_checkpoint(path, net, optimizer, best: dict, run: dict) -> None:
 def _load_checkpoint(path, net, optimizer, key: str) -> tuple[dict, dict]:
     "Put a checkpoint back; its run and best weights. Raises ValueError for a damaged file or another run's."
     tensors, run = load_weights(path)
-    if run["key"] != key: raise ValueError(f"{path} belongs to another run{_OTHER}")
+    if run.get("key") != key: raise ValueError(f"{path} belongs to another run{_OTHER}")
     def named(kind): return {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)}
     load_trained_state(net, named("net/"))
     for n, p in net.named_parameters():
@@ -138,10 +145,10 @@ def _load_checkpoint(path, net, optimizer, key: str) -> tuple[dict, dict]:
         if state: optimizer.state[p] = {k: t.clone().to("cpu" if k == "step" else p.device) for k, t in state.items()}
     return run, named("best/")
 
-# %% ../nbs/22_training.ipynb #88e266b3
+# %% ../nbs/22_training.ipynb #a96793ef
 def _probabilities(net, part: Part) -> np.ndarray:
     "Probabilities of being generated (n,) float64."
-    return predict(net, part.x, part.v).logits.double().sigmoid().numpy()
+    return _probability(predict(net, part.x, part.v).logits)
 
 def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     "Append the epoch's validation figures; return the weights of the best epoch so far."
@@ -197,7 +204,7 @@ def fit(
     load_trained_state(net, best)
     return run
 
-# %% ../nbs/22_training.ipynb #6bb14c05
+# %% ../nbs/22_training.ipynb #c600007e
 def run_key(
     recipe: Recipe,
     config: PreprocessConfig,
@@ -210,15 +217,17 @@ def run_key(
     rows = used[["sha256", "label", "split", "caption"]].astype(str).to_numpy().tolist()
     return fingerprint(recipe, config, rows, backbone.image_key, seed)
 
-def _finished(out: Path | None, key: str, backbone: Backbone) -> Detector | None:
+def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) -> Detector | None:
     "The detector of a finished run. Raises ValueError when `out` holds another run's."
-    found = json.loads((out/"run.json").read_text())["key"] if out and (out/"run.json").exists() else None
+    try: found = json.loads((out/"run.json").read_text())["key"] if out and (out/"run.json").exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out/'run.json'} is damaged: delete it") from None
     _accelerator(backbone.device).wait_for_everyone()               # all have looked before one writes
     if found is None: return None
     if found != key: raise ValueError(f"{out} holds another run{_OTHER}")
-    return Detector.from_pretrained(out, backbone=backbone)
+    return Detector.from_pretrained(out, backbone=backbone, captioner=captioner)
 
-# %% ../nbs/22_training.ipynb #d60baeac
+# %% ../nbs/22_training.ipynb #885f3c6d
 def _keep(out: Path, detector: Detector, run: dict) -> None:
     "Write a finished run, by the first process alone: detector, history, what was left out, and last run.json."
     together = _accelerator(detector.backbone.device)
@@ -236,11 +245,19 @@ def _keep(out: Path, detector: Detector, run: dict) -> None:
 
 def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: int, key: str, **options) -> tuple:
     "A trained network and the record of its run; options as for `fit`."
+    _warn_of_few(parts["val"])
     torch.manual_seed(seed)
     part = parts["train"]
     net = build_network(recipe, backbone, projection_matrix(recipe, part.v))
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
     return net.fit(part.x, part.y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
+
+def _warn_of_few(val: Part) -> None:
+    "Warn where chance chooses the best epoch and the threshold."
+    fake = int(val.y.sum())
+    if min(fake, real := len(val.y) - fake) < 10: warnings.warn(
+        f"validation has {real} real and {fake} generated images: with fewer than 10 of a label, the best epoch and "
+        "the threshold are chosen by chance; use more images, or a larger val in nsnet.split", stacklevel=4)
 
 def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     "What a detector was trained on, in a few words for its model card."
@@ -248,7 +265,7 @@ def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     made_by = ", ".join(sorted(set(fake.generator.astype(str))))
     return f"{len(real):,} real and {len(fake):,} generated images ({made_by}), preset {preset.name}, seed {seed}"
 
-# %% ../nbs/22_training.ipynb #cce61acf
+# %% ../nbs/22_training.ipynb #456b5dad
 def train(
     recipe: str | Recipe,                 # a system, by name with the preset's training fields
     index: pd.DataFrame,                  # with split (train, val) and captions
@@ -267,8 +284,9 @@ def train(
     backbone = backbone or load_backbone(sizes.backbone, str(_accelerator().device))
     check_canvas(backbone, sizes.canvas, sizes.patch)
     config, out = preprocess_config(recipe, sizes, seed), out and Path(out)
+    _checked(index, recipe)
     key = run_key(recipe, config, index, backbone, seed)
-    if done := _finished(out, key, backbone): return done
+    if done := _finished(out, key, backbone, sizes.captioner): return done
     parts, rejected = prepare(index, root, recipe, config, backbone, cache, progress)
     net, run = _learned(recipe, parts, backbone, seed, checkpoint=out and out/"checkpoint.safetensors", key=key,
                         checkpoint_every=checkpoint_every, progress=progress)

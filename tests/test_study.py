@@ -101,8 +101,8 @@ def test_misspelt_parameter_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name, value, said", [
     ("seeds", "0,,1", "whole numbers are expected"), ("canvas", 100, "with patches of 8, 16, 32"),
-    ("n_train", -5, "n_train=-5: a whole number from 1"), ("epochs", "two", "epochs='two': int expected"),
-    ("fields", "temprature=.1", "'temprature': one of"), ("rule", "crop", "a size in pixels is needed")])
+    ("n_train", -5, "n_train=-5: a whole number from 1"), ("epochs", "two", "epochs='two': a whole number from 1"),
+    ("fields", "temprature=.1", "'temprature': one of"), ("sedes", 7, "unknown table1 field 'sedes': one of preset, seeds"), ("rule", "crop", "a size in pixels is needed")])
 def test_plain_papermill_refuses_nonsense_before_anything_slow(tmp_path, name, value, said):
     with pytest.raises(papermill.PapermillExecutionError, match=said):
         papermill.execute_notebook(REPO/"nbs/studies/table1.ipynb", tmp_path/"out.ipynb", {name: value, "data": str(tmp_path/"data")}, progress_bar=False)
