@@ -116,7 +116,7 @@ def fig_training(
         fig.suptitle(title)
     return fig
 
-# %% ../nbs/23_figures.ipynb #156b471c
+# %% ../nbs/23_figures.ipynb #00b88255
 def _generators(scores: pd.DataFrame) -> list[str]:
     "The generators of a table of scores, in their order."
     return list(scores.generator[scores.label.eq(1)].unique())
@@ -126,37 +126,44 @@ def _runs(scores: pd.DataFrame, system: str, generators: list[str]) -> list[tupl
     rows = scores[scores.system.eq(system) & (scores.label.eq(0) | scores.generator.isin(generators))]
     return [(run.label.to_numpy(), run.score.to_numpy()) for _, run in rows.groupby("seed")]
 
-def _draw_forest(axis, rows: pd.DataFrame, metric: str, seeds: list[pd.DataFrame]) -> None:
-    "A row for each system: its mean with 95 % interval, the seeds as faint points below it."
-    for i, (row, points) in enumerate(zip(rows.to_dict("records"), seeds)):
-        low, high, color = row[f"{metric}_low"], row[f"{metric}_high"], _COLORS[row["system"]]
-        if len(points) > 1: axis.plot(points[metric], [i + .25] * len(points), ".", color=color, alpha=.6, ms=5, mew=0)
-        axis.plot([low, high], [i, i], color=color, lw=1.6)
-        axis.plot(row[metric], i, "o", color=color, ms=4.5, mfc=color if high > low else "white")
-    share = row["n_fake"] / (row["n_real"] + row["n_fake"])
-    axis.axvline(.5 if metric == "auroc" else max(share, 1 - share), **_LINE)
+def _draw_forest(axis, rows: pd.DataFrame) -> None:
+    "A row for each system: its mean with the interval over images; below it the seeds and the interval over them."
+    by_seed = rows.filter(regex=r"^seed_\d+$")
+    for i, (row, points) in enumerate(zip(rows.to_dict("records"), by_seed.to_numpy())):
+        color, single = _COLORS[row["system"]], row["degenerate"]
+        axis.plot([row["image_low"], row["image_high"]], [i - .12]*2, color=color, lw=2.6, solid_capstyle="butt")
+        axis.plot(row["value"], i - .12, "o", color=color, ms=4.5, mfc=color if single in ("no", "seeds") else "w")
+        if np.isnan(row["seed_low"]): continue
+        axis.plot(points, [i + .25] * len(points), ".", color=color, alpha=.6, ms=5, mew=0)
+        mark = dict(marker="x", ms=4) if single in ("seeds", "both") else dict(marker="|", ms=5)
+        axis.plot([row["seed_low"], row["seed_high"]], [i + .25]*2, color=color, lw=.8, **mark)
+    axis.axvline(.5, **_LINE)
 
-# %% ../nbs/23_figures.ipynb #3d113671
+# %% ../nbs/23_figures.ipynb #b060b476
+_METRICS = dict(auroc="AUROC", accuracy="accuracy at 0.5", calibrated_accuracy="accuracy, calibrated threshold")
+
 def fig_generators(
-    measured: pd.DataFrame, # from `report.table`
-    scores: pd.DataFrame, # the long table, for the seeds
+    found: pd.DataFrame, # from `report.intervals`: all rows, or those of some generators
+    title: str | None = None, # None: which system has the highest AUROC, and where
 ): # Figure
-    "AUROC and accuracy of every system on every generator, with 95 % intervals and seeds."
-    rows = measured[measured.test.isin(_generators(scores))]
-    rows = rows.assign(kind=rows.seen.map(dict(yes="seen", no="unseen")))
-    systems, tests = rows.system.unique(), list(rows.groupby("test", sort=False))
-    with figure(n := len(tests), 2, (8, n * (.17 * len(systems) + .45) + .6), sharex="col", sharey=True) as (fig, axes):
-        for pair, (test, own) in zip(axes, tests):
-            seeds = [pd.DataFrame([point_metrics(*run) for run in _runs(scores, s, [test])]) for s in own.system]
-            for axis, metric in zip(pair, ("auroc", "accuracy")): _draw_forest(axis, own, metric, seeds)
-            title = "{0.test} ({0.kind}), {0.n_real:.0f} + {0.n_fake:.0f} images".format(own.iloc[0])
-            pair[0].set_title(title, loc="left")
-            pair[0].set(ylim=(len(systems) - .4, -.6), yticks=range(len(systems)), yticklabels=systems)
-            for label, system in zip(pair[0].get_yticklabels(), systems): label.set_color(_COLORS[system])
-        for axis, name in zip(axes[-1], ("AUROC", "accuracy at 0.5")): axis.set(xlabel=name, xticks=[.5, .75, 1])
-        kind = rows.kind.max()    # unseen, if there are any
-        best = rows.loc[rows[rows.kind.eq(kind)].groupby("test").auroc.idxmax()].system.value_counts()
-        fig.suptitle(f"Highest AUROC, {kind} generators: {', '.join(f'{name} on {n}' for name, n in best.items())}")
+    "AUROC and accuracies of every system on every generator, with the intervals over images and over seeds."
+    systems, metrics, tests = (list(found[name].unique()) for name in ("system", "metric", "generator"))
+    size = 2.9*len(metrics) + 1, len(tests)*(.2*len(systems) + .45) + 1
+    with figure(len(tests), len(metrics), size, sharex="col", sharey=True) as (fig, axes):
+        for line, (test, own) in zip(axes, found.groupby("generator", sort=False)):
+            for axis, (_, rows) in zip(line, own.groupby("metric", sort=False)): _draw_forest(axis, rows)
+            summed = test.split()[0] in ("mean", "worst")
+            kind = "" if summed else " (seen)" if own.seen.iloc[0] == "yes" else " (unseen)"
+            line[0].set_title(f"{test}{kind}", loc="left")
+            line[0].set(ylim=(len(systems) - .4, -.6), yticks=range(len(systems)), yticklabels=systems)
+            for label, system in zip(line[0].get_yticklabels(), systems): label.set_color(_COLORS[system])
+        for axis, name in zip(axes[-1], metrics): axis.set(xlabel=_METRICS[name], xticks=[.5, .75, 1])
+        auroc = found[found.metric.eq("auroc") & found.seen.eq(found.seen.min())]    # unseen, if there are any
+        best = auroc.loc[auroc.groupby("generator").value.idxmax()].system.value_counts()
+        kind = "unseen" if auroc.seen.iloc[0] == "no" else "seen"
+        said = f"Highest AUROC, {kind} generators: {', '.join(f'{name} on {n}' for name, n in best.items())}"
+        key = "95 % intervals: thick over test images, thin over seeds; hollow or ×: a single value, which says nothing"
+        fig.suptitle(fill(title or said, 36*len(metrics)) + "\n" + fill(key, 36*len(metrics)), fontsize=9)
     return fig
 
 # %% ../nbs/23_figures.ipynb #fb04a822
