@@ -225,7 +225,7 @@ def difference(
     above, below = found[["image_low", "seed_low"]].min(axis=1) > 0, found[["image_high", "seed_high"]].max(axis=1) < 0
     return found.assign(p_holm=p_holm, holds=(above | below) & (p_holm < .05))
 
-# %% ../nbs/24_report.ipynb #4fe589e5
+# %% ../nbs/24_report.ipynb #8f653498
 def _doubt(row: Mapping[str, Any]) -> str:
     "Why a difference is not settled."
     ends = {"images": (row["image_low"], row["image_high"]), "seeds": (row["seed_low"], row["seed_high"])}
@@ -234,7 +234,7 @@ def _doubt(row: Mapping[str, Any]) -> str:
         return f"the interval over {over} is a single value (†), which says nothing about others"
     if pd.isna(row["seed_low"]): return "one seed says nothing about other training runs"
     if on := [name for name, (low, high) in ends.items() if low <= 0 <= high]:
-        return f"the interval over {' and that over '.join(on)} holds zero"
+        return "both intervals contain zero" if on[1:] else f"the interval over {on[0]} contains zero"
     if row["image_low"]*row["seed_low"] < 0: return "the two intervals lie on opposite sides of zero"
     return f"off zero, but not after Holm's correction (p = {row['p_holm']:.3f})"
 
