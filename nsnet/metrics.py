@@ -174,7 +174,7 @@ def seed_interval(
     p = 2*t.sf(abs(mean)/np.maximum(error, _SAME), n - 1)
     return mean - t.ppf(.975, n - 1)*error, mean + t.ppf(.975, n - 1)*error, np.where(error > _SAME, p, np.nan)
 
-# %% ../nbs/17_metrics.ipynb #69ed3568
+# %% ../nbs/17_metrics.ipynb #e7ff94c2
 def evaluate_seeds(
     y,                       # (n,) labels, 0 real, 1 generated
     scores,                  # (S, n) probabilities of being generated, one row per seed
@@ -182,7 +182,7 @@ def evaluate_seeds(
     n_boot: int = 1000,      # bootstrap draws of images, the same for all seeds; 0: no intervals
     seed: int = 0,           # of the draws
     weights=None,            # (n_boot, n) from `resample`, instead of the draws made here
-) -> dict[str, float]:       # each of METRICS (mean over seeds), `_low`, `_high`; `_sd`, `_seed_low`, `_seed_high`; counts
+) -> dict[str, float]:       # each of METRICS, with `_low`, `_high`, `_sd`, `_seed_low`, `_seed_high`; counts
     "Mean over seeds, its 95 % interval over test images, deviation and 95 % interval over seeds (NaN for one seed)."
     y, scores = _checked(y, scores)
     thresholds = _thresholds(threshold, len(scores))
