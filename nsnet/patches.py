@@ -81,8 +81,13 @@ def spectral_entropy(
         return _entropies(patches, eps=eps)
     raise ValueError(f"patches are (P, n, n, 3), these are {patches.shape}")
 
-# %% ../nbs/10_patches.ipynb #64b8f077
-_ERROR = 2e-4  # nats; no entropy in 32 bits is further from the true one
+# %% ../nbs/10_patches.ipynb #145b224c
+_ERROR = 3e-5  # nats, for every pixel of a patch's side: no entropy in 32 bits is further from the true one
+
+def _take(patches, positions: np.ndarray) -> np.ndarray:
+    "Some of the patches, an array or a tensor, as an array."
+    found = patches[positions]
+    return found if isinstance(found, np.ndarray) else found.cpu().numpy()
 
 def _ranked(patches: np.ndarray, sign: int = 1) -> np.ndarray:
     "Positions from highest entropy to lowest (sign -1: to highest), in 64 bits; closer than 1e-9 is a tie: first wins."
@@ -94,29 +99,29 @@ def _ranked(patches: np.ndarray, sign: int = 1) -> np.ndarray:
     steps = np.diff(entropy[order], prepend=np.inf) < -1e-9
     return order[np.lexsort((order, np.cumsum(steps)))]
 
-def _extreme(entropy: np.ndarray, k: int, take, sign: int = 1) -> np.ndarray:
-    "Positions, in order, of the k patches of highest entropy (sign -1: lowest); `take(positions)` are patches."
+def _extreme(patches, entropy: np.ndarray, k: int, sign: int = 1) -> np.ndarray:
+    "Positions, in order, of the k patches of highest entropy (sign -1: of lowest)."
     if not k: return np.arange(0)
-    entropy = sign*entropy
+    entropy, margin = sign*entropy, 2*_ERROR*patches.shape[1]
     cut = np.partition(entropy, -k)[-k]
-    sure, near = np.flatnonzero(entropy > cut + 2*_ERROR), np.flatnonzero(abs(entropy - cut) <= 2*_ERROR)
-    if len(near) > (left := k - len(sure)): near = near[_ranked(take(near), sign)[:left]]
+    sure, near = np.flatnonzero(entropy > cut + margin), np.flatnonzero(abs(entropy - cut) <= margin)
+    if len(near) > (left := k - len(sure)): near = near[_ranked(_take(patches, near), sign)[:left]]
     return np.sort(np.concatenate([sure, near]))
 
-def _chosen(entropy: np.ndarray, places: int, take) -> np.ndarray:
-    "Positions (K,) of the patches for K places: those of highest entropy (P,), then those of lowest."
-    if len(entropy) <= places: return np.resize(_ranked(take(np.arange(len(entropy)))), places)
-    return np.concatenate([_extreme(entropy, (places + 1)//2, take), _extreme(entropy, places//2, take, -1)])
+def _chosen(patches, entropy: np.ndarray, places: int) -> np.ndarray:
+    "Positions (K,) of the patches for K places: those of highest entropy, then those of lowest."
+    if len(entropy) <= places: return np.resize(_ranked(_take(patches, np.arange(len(entropy)))), places)
+    return np.concatenate([_extreme(patches, entropy, (places + 1)//2), _extreme(patches, entropy, places//2, -1)])
 
-# %% ../nbs/10_patches.ipynb #08ee7aa1
+# %% ../nbs/10_patches.ipynb #3e9886b8
 def _places(patch: int, canvas: int) -> int:
     "How many patches a canvas holds; ValueError when they do not fill it."
     if not canvas % patch: return (canvas//patch)**2
     raise ValueError(f"a canvas of {canvas} pixels does not hold patches of {patch}: choose a divisor of {canvas}")
 
-def _shuffled(chosen: np.ndarray, take, *seeds: int) -> np.ndarray:
-    "Positions in an order that depends on the pixels of their patches and on the seeds."
-    digest = hashlib.sha256(take(chosen).tobytes()).digest()
+def _shuffled(patches, chosen: np.ndarray, *seeds: int) -> np.ndarray:
+    "The chosen positions in an order that depends on the pixels of their patches and on the seeds."
+    digest = hashlib.sha256(_take(patches, chosen).tobytes()).digest()
     return np.random.default_rng([int.from_bytes(digest[:8], "little"), *seeds]).permutation(chosen)
 
 def _assemble(patches, canvas: int):
@@ -132,10 +137,10 @@ def select_patches(
 ) -> np.ndarray:        # (canvas, canvas, 3) uint8
     "The canvas: an image's most and least complex patches, shuffled; ValueError if it is smaller than a patch."
     places, patches = _places(patch, canvas), cut_patches(image, patch)
-    take = patches.__getitem__
-    return _assemble(take(_shuffled(_chosen(spectral_entropy(patches), places, take), take, seed, 0)), canvas)
+    chosen = _chosen(patches, spectral_entropy(patches), places)
+    return _assemble(patches[_shuffled(patches, chosen, seed, 0)], canvas)
 
-# %% ../nbs/10_patches.ipynb #232a19ae
+# %% ../nbs/10_patches.ipynb #f34477ab
 def _entropies_of_tensor(patches, eps: float = 1e-8):
     "`spectral_entropy` of a tensor (..., n, n, 3), on its device."
     torch, n = sys.modules["torch"], patches.shape[-2]           # where there is a tensor, it has been imported
@@ -157,11 +162,10 @@ def select_patches_batch(
     images, places = images if images.shape[3] == 3 else images.movedim(1, 3), _places(patch, canvas)
     patches, canvases = _cut(images, patch), images.new_empty((len(images), canvas, canvas, 3))
     for own, entropy, made in zip(patches, _entropies_of_tensor(patches).cpu().numpy(), canvases):
-        def take(positions, own=own): return own[positions].cpu().numpy()
-        made[:] = _assemble(own[_shuffled(_chosen(entropy, places, take), take, seed, 0)], canvas)
+        made[:] = _assemble(own[_shuffled(own, _chosen(own, entropy, places), seed, 0)], canvas)
     return canvases
 
-# %% ../nbs/10_patches.ipynb #1f8e167f
+# %% ../nbs/10_patches.ipynb #7438469d
 def draw_patches(
     ax,                 # matplotlib axes
     image,              # a PIL image, or (H, W, 3) uint8
@@ -171,7 +175,7 @@ def draw_patches(
     "Show an image with its chosen patches framed: highest entropy solid orange, lowest dashed blue."
     from matplotlib.patches import Rectangle
     x, inset, patches = _pixels(image), .09*patch, cut_patches(image, patch)
-    chosen = list(dict.fromkeys(_chosen(spectral_entropy(patches), _places(patch, canvas), patches.__getitem__)))
+    chosen = list(dict.fromkeys(_chosen(patches, spectral_entropy(patches), _places(patch, canvas))))
     ax.imshow(x)
     ax.axis("off")
     for rank, j in enumerate(chosen):
@@ -181,7 +185,7 @@ def draw_patches(
         ax.add_patch(Rectangle(*frame, fill=False, lw=2.4, color="white"))
         ax.add_patch(Rectangle(*frame, fill=False, lw=1.3, color=color, ls=style))
 
-# %% ../nbs/10_patches.ipynb #df6fe467
+# %% ../nbs/10_patches.ipynb #d3f1ccf1
 def select_patches_as_released(
     image,              # a PIL image, or (H, W, 3) uint8
     patch: int = 32,    # side of a patch, pixels; divides `canvas`
@@ -191,9 +195,9 @@ def select_patches_as_released(
     "The canvas as the paper's released notebooks build it."
     x, places = _pixels(image), _places(patch, canvas)
     patches = cut_patches(np.pad(x, ((0, -x.shape[0] % patch), (0, -x.shape[1] % patch), (0, 0))), patch)
-    entropy, take, count = spectral_entropy(patches), patches.__getitem__, len(patches)
-    pool = np.concatenate([_extreme(entropy, -(-count//4), take), _extreme(entropy, count//4, take, -1)])
-    return _assemble(take(np.resize(_shuffled(pool, take, seed), places)), canvas)
+    entropy, count = spectral_entropy(patches), len(patches)
+    pool = np.concatenate([_extreme(patches, entropy, -(-count//4)), _extreme(patches, entropy, count//4, -1)])
+    return _assemble(patches[np.resize(_shuffled(patches, pool, seed), places)], canvas)
 
 # %% ../nbs/10_patches.ipynb #4bb3616f
 def whole_image(
