@@ -103,7 +103,7 @@ def test_module_can_be_held_in_the_head(module):
 
 
 def test_the_whole_is_small():
-    assert (lines := sum(m.read_text().count("\n") for m in MODULES)) < 4740, lines
+    assert (lines := sum(m.read_text().count("\n") for m in MODULES)) < 4800, lines
     assert (names := sum(len(defined(m)) for m in MODULES[1:])) <= 160, names
 
 
