@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/21_detector.ipynb #c2ee1e69
+# %% ../nbs/21_detector.ipynb #bc3d04a0
 import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from .config import PreprocessConfig, Recipe, _converted
 from .explain import fig_explanation
 from .images import ImageError, _opened, atomic_write
 from .index import list_images
-from .inference import (_expected_kinds, _probability, _refuse_other, build_network, load_trained_state,
+from .inference import (_config_key, _expected_kinds, _probability, _refuse_other, build_network, load_trained_state,
                              load_weights, network_inputs, predict, preprocess, save_weights, trained_state)
 from .model import NSNet, NSNetOutput
 from .storage import Records, _require, asset, fingerprint, open_collection, refuse_if_mostly_rejected
@@ -204,7 +204,7 @@ Generators and cameras that it was not trained on may score either way; so may r
 The probability is not calibrated for the share of generated pictures among yours.
 """
 
-# %% ../nbs/21_detector.ipynb #64433a16
+# %% ../nbs/21_detector.ipynb #f7005756
 class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
@@ -252,8 +252,8 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
 
     def fingerprint(self) -> str:
         "Sixteen digits that depend on everything a score depends on."
-        captioner = self.captioner if self.needs_captions else None
-        return fingerprint(self.recipe, self.preprocess, self.backbone.image_key, captioner, trained_state(self.net))
+        seen = _config_key(self.preprocess), self.backbone.image_key, self.captioner if self.needs_captions else None
+        return fingerprint(self.recipe, *seen, trained_state(self.net))
 
     def to(self, device: str) -> "Detector":
         "Move the detector, in place; others that share its backbone stay where they are."

@@ -37,10 +37,11 @@ def preprocess(
     select = select_patches if config.kind == "spectral" else select_patches_as_released
     return select(image, config.patch, config.canvas, config.seed)
 
-# %% ../nbs/19_inference.ipynb #f27d1316
+# %% ../nbs/19_inference.ipynb #a370f8da
 def _config_key(config: PreprocessConfig) -> str:
     "A name for what `preprocess` makes of an image, without the fields that do not matter to its kind."
-    used = dict(spectrum=(), whole=(config.canvas,)).get(config.kind, (config.patch, config.canvas, config.seed))
+    chosen = config.patch, config.canvas, config.seed, "v2"       # the version of the rules by which patches are chosen
+    used = dict(spectrum=(), whole=(config.canvas,)).get(config.kind, chosen)
     return "-".join(map(str, (config.kind, *used)))
 
 def preprocess_all(

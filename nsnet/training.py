@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/22_training.ipynb #b777a8d9
+# %% ../nbs/22_training.ipynb #199e0f4f
 import json
 import warnings
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_
 from .config import preset as known_preset
 from .detector import Detector
 from .images import atomic_write, write_rejected
-from .inference import (_probability, build_network, load_trained_state, load_weights, network_inputs, predict,
-                             preprocess_all, projection_matrix, save_weights, trained_state)
+from .inference import (_config_key, _probability, build_network, load_trained_state, load_weights, network_inputs,
+                             predict, preprocess_all, projection_matrix, save_weights, trained_state)
 from .losses import nsnet_loss
 from .metrics import calibrate_threshold, point_metrics
 from .storage import _require, fingerprint
@@ -204,7 +204,7 @@ def fit(
     load_trained_state(net, best)
     return run
 
-# %% ../nbs/22_training.ipynb #c600007e
+# %% ../nbs/22_training.ipynb #22844704
 def run_key(
     recipe: Recipe,
     config: PreprocessConfig,
@@ -215,7 +215,7 @@ def run_key(
     "Sixteen digits that stand for everything the result of a run depends on."
     used = index[index.split.isin(["train", "val"])]
     rows = used[["sha256", "label", "split", "caption"]].astype(str).to_numpy().tolist()
-    return fingerprint(recipe, config, rows, backbone.image_key, seed)
+    return fingerprint(recipe, _config_key(config), rows, backbone.image_key, seed)
 
 def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) -> Detector | None:
     "The detector of a finished run. Raises ValueError when `out` holds another run's."

@@ -17,6 +17,8 @@ from nsnet.generators import index_mini
 from nsnet.images import open_image
 from nsnet.inference import build_network, predict
 from nsnet.losses import nsnet_loss
+from nsnet.patches import select_patches, select_patches_batch
+from nsnet.scenes import CONTENTS, render_photo
 from nsnet.training import run_key
 
 PRESET = preset("mini")
@@ -119,3 +121,14 @@ def test_half_precision_describes_as_single_does(tmp_path):
     single = np.array(captioner.generate(images))
     captioner.model.half()
     assert len(set(single)) > 8 and (single == captioner.generate(images)).mean() > .9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("shape", [(128, 128), (70, 200), (40, 33), (1024, 1024)])
+def test_patches_chosen_on_a_gpu_are_those_of_the_cpu(shape):
+    photos = [np.asarray(render_photo(CONTENTS[i], i).resize(shape[::-1])) for i in range(8)]
+    flat = [np.full((*shape, 3), level, np.uint8) for level in (0, 200)]
+    images = torch.from_numpy(np.stack(photos + flat))
+    for patch, canvas in ((16, 64), (32, 224)):
+        found = select_patches_batch(images.cuda(), patch, canvas, 3)
+        assert found.is_cuda and np.array_equal(found.cpu(), [select_patches(x, patch, canvas, 3) for x in images.numpy()])
