@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/22_training.ipynb #199e0f4f
+# %% ../nbs/22_training.ipynb #1f4fd4f4
 import json
 import warnings
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_
 from .config import preset as known_preset
 from .detector import Detector
 from .images import atomic_write, write_rejected
-from .inference import (_config_key, _probability, build_network, load_trained_state, load_weights, network_inputs,
-                             predict, preprocess_all, projection_matrix, save_weights, trained_state)
+from .inference import (_config_key, _probability, build_network, calibrate, load_trained_state, load_weights,
+                             network_inputs, predict, preprocess_all, projection_matrix, save_weights, trained_state)
 from .losses import nsnet_loss
-from .metrics import calibrate_threshold, point_metrics
+from .metrics import point_metrics
 from .storage import _require, fingerprint
 
 # %% ../nbs/22_training.ipynb #8219bf4a
@@ -265,7 +265,7 @@ def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     made_by = ", ".join(sorted(set(fake.generator.astype(str))))
     return f"{len(real):,} real and {len(fake):,} generated images ({made_by}), preset {preset.name}, seed {seed}"
 
-# %% ../nbs/22_training.ipynb #456b5dad
+# %% ../nbs/22_training.ipynb #04636db1
 def train(
     recipe: str | Recipe,                 # a system, by name with the preset's training fields
     index: pd.DataFrame,                  # with split (train, val) and captions
@@ -291,7 +291,7 @@ def train(
     net, run = _learned(recipe, parts, backbone, seed, checkpoint=out and out/"checkpoint.safetensors", key=key,
                         checkpoint_every=checkpoint_every, progress=progress)
     val = parts["val"]
-    threshold = calibrate_threshold(val.y.numpy(), _probabilities(net, val)) if len(set(val.y.tolist())) == 2 else .5
+    threshold = calibrate(net, val.x, val.v, val.y.numpy())
     detector = Detector(recipe, config, backbone, net, threshold, sizes.captioner, _described(index, sizes, seed))
     if out: _keep(out, detector, run | dict(rejected=rejected))
     return detector
