@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'list_images', 'scan', 'Layout', 'index_folder', 'save_index', 'load_index', 'draw_order', 'split']
 
-# %% ../nbs/03_index.ipynb #32ada075
-import hashlib
+# %% ../nbs/03_index.ipynb #382c0175
 import os
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ import pandas as pd
 
 from .images import (_below, _look_alikes, _one_line, _perceptual_hash, atomic_write, content_hash, open_image,
                           write_rejected)
-from .storage import Records, _require, open_collection, refuse_if_mostly_rejected
+from .storage import Records, _require, fingerprint, open_collection, refuse_if_mostly_rejected
 
 # %% ../nbs/03_index.ipynb #1271af47
 _COLUMNS = ["path", "label", "generator", "split", "sha256", "width", "height", "caption"]
@@ -212,7 +211,7 @@ def load_index(
     for name in index.path: _below("its folder", name)
     return index
 
-# %% ../nbs/03_index.ipynb #9c146d41
+# %% ../nbs/03_index.ipynb #df8b5745
 def _unique(index: pd.DataFrame) -> pd.DataFrame:
     "One row per picture: of copies one in test is kept; pictures with both labels are dropped altogether."
     rows = index.reset_index(drop=True)
@@ -224,11 +223,12 @@ def draw_order(
     seed: int | str,     # another seed, another order
 ) -> pd.DataFrame:
     "Rows in a random order; the first n have each label and generator in proportion, for every n."
-    lot = [hashlib.blake2b(f"{seed}/{sha}".encode(), digest_size=8).hexdigest() for sha in rows.sha256]
-    rows = rows.assign(_lot=lot).sort_values("_lot")
+    looks = rows.get("phash", rows.sha256).fillna("")                        # where a picture has none, its content
+    lot = [fingerprint(seed, look or sha) for look, sha in zip(looks, rows.sha256)]
+    rows = rows.assign(_lot=lot).sort_values(["_lot", "path"])
     groups = rows.groupby([c for c in ("label", "generator", "format") if c in rows], sort=False)
     rows["_place"] = (groups.cumcount() + 0.5) / groups.path.transform("size")
-    return rows.sort_values(["_place", "_lot"]).drop(columns=["_lot", "_place"])
+    return rows.sort_values(["_place", "_lot", "path"]).drop(columns=["_lot", "_place"])
 
 # %% ../nbs/03_index.ipynb #c1ff90d7
 def _together(rows: pd.DataFrame, drawn: set) -> pd.DataFrame:
