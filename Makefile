@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := python -m nsnet.study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini mini-detector rehearsal speed versions test sync readme clean
+.PHONY: study study-full mini mini-detector processors rehearsal speed versions test sync readme clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
 study study-full mini-detector: export OMP_NUM_THREADS = 1
@@ -13,17 +13,21 @@ study study-full mini-detector: export OMP_NUM_THREADS = 1
 study: $(READY)
 	$(STUDY) table1 preset=mini seeds=0 out=reports/table1
 
-# The same with three seeds, which is what the README shows: reports/table1-full/
+# The same with five seeds, which is what the README shows: reports/table1-full/
 study-full: $(READY)
-	$(STUDY) table1 preset=mini seeds=0,1,2 out=reports/table1-full
+	$(STUDY) table1 preset=mini seeds=0,1,2,3,4 out=reports/table1-full
 
 # Make the mini world itself from nothing (hours): nsnet/assets/mini/ and reports/make_mini/
 mini: $(READY)
-	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini
+	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini before=reports/make_mini/version1.csv
 
 # Train the detector that ships, on the mini world as it is (minutes): nsnet/assets/mini/detector/ and reports/mini_detector/
 mini-detector: $(READY)
 	$(STUDY) mini_detector scale=real out=reports/mini_detector assets=nsnet/assets/mini/detector
+
+# The study under other instruction sets and with two threads: reports/processors/
+processors: $(READY)
+	python scripts/processors.py
 
 # The dalle preset with ViT-L/14 and BLIP-base in full size, random weights and no network: reports/rehearsal/
 rehearsal: $(READY)

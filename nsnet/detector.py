@@ -183,7 +183,7 @@ def _located(source: str | Path, download: dict) -> Path:
     except Exception as error: why = type(error).__name__
     raise ValueError(f"{source}: neither a folder nor a repository that can be fetched ({why})")
 
-# %% ../nbs/21_detector.ipynb #b0982332
+# %% ../nbs/21_detector.ipynb #7269e4d8
 _MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -192,7 +192,7 @@ A detector made with the Python package `nsnet`, which explains and implements *
 
 - trained on: {{ detector.trained_on or "not recorded" }}
 - models: CLIP {{ detector.backbone.name }}, captioner {{ detector.captioner }}
-- threshold: {{ "%.4f" | format(detector.threshold) }}
+- threshold: {{ "%.4f" | format(detector.threshold) }}; measured: {{ measured }}
 - fingerprint: {{ detector.fingerprint() }}
 ```python
 from nsnet import Detector
@@ -204,7 +204,7 @@ Generators and cameras that it was not trained on may score either way; so may r
 The probability is not calibrated for the share of generated pictures among yours.
 """
 
-# %% ../nbs/21_detector.ipynb #f7005756
+# %% ../nbs/21_detector.ipynb #a25f8bc2
 class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
@@ -246,9 +246,9 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         "Save to the repository OWNER/NAME; options as for `ModelHubMixin.push_to_hub`. Returns the address."
         return super().push_to_hub(repo_id, **dict(model_card_kwargs=dict(source=repo_id)) | options)
 
-    def generate_model_card(self, source: str = "."):
-        "The model card; `source` is what its example loads, by default the folder in which the card lies."
-        return super().generate_model_card(detector=self, source=source)
+    def generate_model_card(self, source: str = ".", measured: str = "nothing recorded"):
+        "The model card; `source` is what its example loads, by default the card's own folder; `measured`: its figures."
+        return super().generate_model_card(detector=self, source=source, measured=measured)
 
     def fingerprint(self) -> str:
         "Sixteen digits that depend on everything a score depends on."

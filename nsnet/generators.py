@@ -6,10 +6,11 @@
 __all__ = ['GENERATORS', 'AutoEncoder', 'Denoiser', 'sample_latents', 'load_generators', 'decode_pixels', 'word_indices',
            'generate', 'index_mini', 'one_feature_rules']
 
-# %% ../nbs/08_generators.ipynb #94ba094d
+# %% ../nbs/08_generators.ipynb #4a76c24e
 import json
 import math
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from .images import atomic_write
 from .index import scan
-from .scenes import CONTENTS, SIZE, WORDS, camera, jpeg_bytes, jpeg_quality, render_photo, render_scene
+from .scenes import CONTENTS, SIZE, WORDS, camera, jpeg_bytes, jpeg_quality, render_photo, render_scene, scene_place
 from .storage import asset, fingerprint
 
 # %% ../nbs/08_generators.ipynb #312e5aad
@@ -61,6 +62,16 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x): return self.decode(self.encode(x))
 
+# %% ../nbs/08_generators.ipynb #8f0e13de
+def _layout(places):
+    "Places (B, 5) from `scene_place` as a picture (B, 3, 32, 32): coordinates on the object, height above the horizon."
+    x, y, r, turn, horizon = places.float()[:, :, None, None].unbind(1)
+    middle = torch.arange(2, SIZE, 4) - .5                               # of every latent, pixels
+    dx, dy = middle - x, middle[:, None] - y
+    along, across = dx*turn.cos() + dy*turn.sin(), dy*turn.cos() - dx*turn.sin()
+    height = ((horizon - middle[:, None])/SIZE).expand_as(along)
+    return torch.stack([(along/r).clamp(-2, 2), (across/r).clamp(-2, 2), height], 1)
+
 # %% ../nbs/08_generators.ipynb #d1239b7e
 class _TimeRes(nn.Module):
     "A residual block whose activations are scaled and shifted by an embedding of time and content."
@@ -74,9 +85,9 @@ class _TimeRes(nn.Module):
         scale, shift = self.embed(e)[..., None, None].chunk(2, 1)
         return x + self.b(F.silu(self.a(F.silu(self.norm(x)))*(1 + scale) + shift))
 
-# %% ../nbs/08_generators.ipynb #6aba8a77
+# %% ../nbs/08_generators.ipynb #507e404e
 class Denoiser(nn.Module):
-    "Predicts v from latents (B, latent, 32, 32), time t (B,) and contents (B, 4) as word indices."
+    "Predicts v from latents (B, latent, 32, 32), time t (B,), contents (B, 4) as word indices and places (B, 5)."
     def __init__(self,
         latent: int = 8,  # channels of the latent grid
         width: int = 64,  # channels at half resolution; 1.5 times as many at a quarter
@@ -85,17 +96,17 @@ class Denoiser(nn.Module):
         c, d, e = width, width*3//2, 128
         self.words = nn.ModuleList(nn.Embedding(len(w), e) for w in WORDS.values())
         self.time = nn.Sequential(nn.Linear(32, e), nn.SiLU(), nn.Linear(e, e))
-        self.inp, self.out = nn.Conv2d(4*latent, c, 3, padding=1), nn.Conv2d(c, 4*latent, 3, padding=1)
+        self.inp, self.out = nn.Conv2d(4*(latent + 3), c, 3, padding=1), nn.Conv2d(c, 4*latent, 3, padding=1)
         self.down, self.up = nn.Conv2d(c, d, 2, 2), nn.ConvTranspose2d(d, c, 2, 2)
         self.fine1, self.fine2 = (nn.ModuleList([_TimeRes(c, e), _TimeRes(c, e)]) for _ in range(2))
         self.coarse = nn.ModuleList([_TimeRes(d, e) for _ in range(4)])
         self.mix = nn.ModuleList([nn.MultiheadAttention(d, 4, batch_first=True) for _ in range(2)])
 
-    def forward(self, x, t, content):
+    def forward(self, x, t, content, place):
         angle = t[:, None]*torch.exp(torch.linspace(0, 6, 16))
         time = self.time(torch.cat([angle.sin(), angle.cos()], 1))
         e = F.silu(time + sum(w(content[:, i]) for i, w in enumerate(self.words)))
-        h = self.inp(F.pixel_unshuffle(x, 2))
+        h = self.inp(F.pixel_unshuffle(torch.cat([x, _layout(place)], 1), 2))
         for block in self.fine1: h = block(h, e)
         skip, h = h, self.down(h)
         for i, block in enumerate(self.coarse):
@@ -107,20 +118,21 @@ class Denoiser(nn.Module):
         for block in self.fine2: h = block(h, e)
         return F.pixel_shuffle(self.out(F.silu(h)), 2)
 
-# %% ../nbs/08_generators.ipynb #82017a82
+# %% ../nbs/08_generators.ipynb #335bc01c
 @torch.no_grad()
 def sample_latents(
     denoiser: Denoiser,          # trained network
     contents: torch.Tensor,      # (B, 4) word indices of the wanted scenes
+    places: torch.Tensor,        # (B, 5) their layouts, from `scene_place`
     generator: torch.Generator,  # source of randomness
     steps: int = 20,             # from pure noise to clean latents
 ) -> torch.Tensor:               # (B, latent, 32, 32), standardised latents
     "Draw latents from noise."
-    x = torch.randn(len(contents), denoiser.inp.in_channels//4, SIZE//4, SIZE//4, generator=generator)
+    x = torch.randn(len(contents), denoiser.out.out_channels//4, SIZE//4, SIZE//4, generator=generator)
     times = torch.linspace(1, 0, steps + 1)
     for t, s in zip(times[:-1], times[1:]):
         a, b = torch.cos(t*math.pi/2), torch.sin(t*math.pi/2)
-        v = denoiser(x, t.expand(len(x)), contents)
+        v = denoiser(x, t.expand(len(x)), contents, places)
         clean, noise = a*x - b*v, b*x + a*v
         x = torch.cos(s*math.pi/2)*clean + torch.sin(s*math.pi/2)*noise
     return x
@@ -165,7 +177,7 @@ def decode_pixels(
     x = mean + 1.2533*temperature*scale*_grain(mean.shape, size, generator)
     return ((x + 1)*127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/08_generators.ipynb #c12c274d
+# %% ../nbs/08_generators.ipynb #0a46f378
 def word_indices(
     contents: list,  # of (shape, color, ground, sky)
 ) -> torch.Tensor:   # (B, 4) long
@@ -187,13 +199,14 @@ def generate(
 ) -> np.ndarray:     # (B, 128, 128, 3) uint8
     "Images of the wanted contents: reconstructions of fresh photographs, or samples of the diffusion model."
     nets, denoiser, facts = models
-    g = torch.Generator().manual_seed(seed)
+    g, seeds = torch.Generator().manual_seed(seed), [seed + 10*i for i in range(len(contents))]
     look = facts["temperature"][name], facts["grain"][name], g
     if name == "diffusion":
-        z = sample_latents(denoiser, word_indices(contents), g)
+        places = torch.tensor(np.stack([scene_place(s) for s in seeds]))
+        z = sample_latents(denoiser, word_indices(contents), places, g)
         mean, std = (torch.tensor(facts[k])[None, :, None, None] for k in ("latent_mean", "latent_std"))
         return decode_pixels(nets[facts["latent_of"]], z*std + mean, *look)
-    photos = np.stack([render_photo(c, seed + 10*i) for i, c in enumerate(contents)])
+    photos = np.stack([render_photo(c, s) for c, s in zip(contents, seeds)])
     return _reconstruct(nets[name], photos, *look)
 
 # %% ../nbs/08_generators.ipynb #4a23fc81
@@ -223,12 +236,20 @@ def _plan(n_train, n_test, seen, seed):
             for split, g, n in groups for i, content in enumerate(_contents(g, split, n, seed))]
     return pd.DataFrame(rows, columns=["path", "label", "generator", "split", "number", *WORDS])
 
-# %% ../nbs/08_generators.ipynb #ebac3be2
+# %% ../nbs/08_generators.ipynb #5108a553
 def _is_whole(file):
     "Whether a JPEG file is there and not cut off."
     try: data = file.read_bytes()
     except OSError: return False
     return data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")
+
+def _unpack(root, paths, archive):
+    "Write the files among `paths` that the archive has and that are not there yet."
+    if not archive.is_file(): return
+    with ZipFile(archive) as packed:
+        for path in sorted({*paths} & {*packed.namelist()}):
+            if not _is_whole(root/path):
+                with atomic_write(root/path) as tmp: tmp.write_bytes(packed.read(path))
 
 def _make_batch(root, rows, seed, models):
     "Make the images of one batch and write them, each to a temporary name first."
@@ -238,9 +259,10 @@ def _make_batch(root, rows, seed, models):
     if name == "real": images = [camera(render_scene(c, s), s + 1) for c, s in zip(contents, seeds)]
     else: images = generate(name, contents, first, models)
     for path, pixels, s in zip(rows.path, images, seeds):
+        if _is_whole(root/path): continue
         with atomic_write(root/path) as tmp: tmp.write_bytes(jpeg_bytes(pixels, jpeg_quality(s + 5)))
 
-# %% ../nbs/08_generators.ipynb #cfec9696
+# %% ../nbs/08_generators.ipynb #ac7f7294
 def index_mini(
     root: str | Path = "data/mini",    # folder of all mini worlds; the paths of the index start from it
     n_train: int = 600,                # training images per label
@@ -248,12 +270,13 @@ def index_mini(
     seen: str = "deconv",              # generators that the training images come from, separated by commas
     seed: int = 0,                     # of scenes, cameras and samples
     progress: bool = True,             # show bars
-    assets: str | Path | None = None,  # folder of the generators' weights; None: the shipped ones
+    assets: str | Path | None = None,  # folder of the generators' weights and of images.zip; None: the shipped ones
 ) -> pd.DataFrame:                     # index with the additional columns shape, color, ground and sky
-    "The index of a mini world, whose images are made on first use. Raises ValueError for an unknown generator."
+    "The index of a mini world, whose images are written on first use. Raises ValueError for an unknown generator."
     root, plan, models = Path(root), _plan(n_train, n_test, _seen(seen), seed), None
-    weights = fingerprint([Path(assets)/f if assets else asset(f) for f in _FILES])
-    plan["path"] = f"seed{seed}-{weights[:8]}/" + plan.path
+    folder = Path(assets) if assets else asset("")
+    plan["path"] = f"seed{seed}-{fingerprint([folder/f for f in _FILES])[:8]}/" + plan.path
+    _unpack(root, plan.path, folder/"images.zip")
     with tqdm(total=len(plan), desc="images", disable=not progress) as bar:
         for _, rows in plan.groupby(["generator", "split", plan.number//50], sort=False):
             if not all(_is_whole(root/p) for p in rows.path):
