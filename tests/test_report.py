@@ -77,11 +77,11 @@ def test_summary_as_text(headline):
 
 
 def test_claims_as_text(paired):
-    first = paired[paired.b.eq("no_projection") & paired.generator.isin(["mean unseen", "worst unseen"])]
-    expected = "".join(f"- {claim(row)}\n" for _, row in first.iterrows())
+    told = paired[paired.generator.isin(["mean unseen", "worst unseen"]) & (paired.b.eq("no_projection") | paired.holds)]
+    expected = "".join(f"- {claim(row)}\n" for _, row in told.iterrows())
     assert committed("claims.md").read_text(encoding="utf-8") == expected
     readme = (REPORT.parents[1]/"README.md").read_text(encoding="utf-8")
-    assert claim(first.iloc[0])[1:] in readme                          # the front page says this, and no more
+    assert claim(told.iloc[0])[1:] in readme                          # the front page says this, and no more
 
 
 def test_seed_interval_is_that_of_the_t_test():
@@ -238,7 +238,7 @@ def test_equal_systems_are_rarely_told_apart():
 
 
 def test_seven_systems_five_seeds_take_seconds(scores, seen):
-    five = pd.concat([scores, *(scores[scores.seed.eq(0)].assign(seed=s) for s in (3, 4))])
+    assert scores.system.nunique() == 7 and scores.seed.nunique() == 5
     start = time.perf_counter()
-    intervals(five, seen)
+    intervals(scores, seen)
     assert time.perf_counter() - start < 10
