@@ -138,7 +138,7 @@ def _probability(logits: torch.Tensor) -> np.ndarray:
     if logits.isfinite().all(): return logits.double().sigmoid().numpy()
     raise ValueError("the network's answer is NaN or infinite: its weights or its input are damaged")
 
-# %% ../nbs/19_inference.ipynb #86692d07
+# %% ../nbs/19_inference.ipynb #f8f55f05
 @torch.no_grad()
 def calibrate(
     net: torch.nn.Module,            # NSNet or Probe, trained; its last layer is changed
@@ -149,7 +149,7 @@ def calibrate(
     "Calibrate the probabilities of a network on held-out images, by temperature, and the threshold."
     if len(set(np.asarray(y).tolist())) < 2: return .5
     logits = predict(net, x, v).logits
-    _probability(logits)
+    _probability(logits)                        # refuses NaN and infinite ones
     T = calibrate_temperature(y, logits.double().numpy())
     last = getattr(net, "classifier", net)
     for part in (last.weight, last.bias): part /= T

@@ -71,7 +71,7 @@ def auroc(scores):
 
 
 def compare(setting, result, first):
-    "One row a system: are the inputs the same, and how far do scores, decisions and the AUROC move?"
+    "One row per system: are the inputs the same, and how far do scores, decisions and the AUROC move?"
     both = result[1].merge(first[1], on=["system", "seed", "path", "label", "generator"], suffixes=("", "_first"))
     assert len(both) == len(first[1]), f"{setting}: other pictures were scored"
     same = {name: result[0][name] == first[0][name] for name in INPUTS}
@@ -87,7 +87,7 @@ def write(table, out, command):
     full = study.resolve("reports/table1-full/scores.csv")
     if full.exists(): table["auroc_sd_of_seeds"] = table.system.map(auroc(pd.read_csv(full)).groupby("system").std())
     report.write_csv(table.round(6), out/"processors.csv")
-    text = f"# The study as other processors compute it\n\n`{command}`, compared with a run as the machine is; scores image by image. "
+    text = f"# The study as other processors compute it\n\n`{command}`, compared with a run as the machine is; scores image by image. The pictures come from the package's archive. "
     text += "The last column is the standard deviation of the same AUROC between the seeds of table1-full.\n\n"
     report.write_text(text + report.markdown_table(table.round(5)) + "\n", out/"processors.md")
 
@@ -102,7 +102,7 @@ def main(arguments):
         results = {name: run(name, Path(folder), preset, params) for name in ["as it is", *chosen]}
     first = results.pop("as it is")
     table = pd.DataFrame([row for name, result in results.items() for row in compare(name, result, first)])
-    write(table, out, " ".join(["python scripts/processors.py", f"preset={preset}", *params]))
+    write(table, out, " ".join(["python scripts/processors.py", f"preset={preset}", f"settings='{','.join(chosen)}'", *params]))
     frozen = table[table.system.isin(FROZEN)]
     if not table[list(INPUTS)].all(axis=None): sys.exit("what goes in differs between the settings")
     if (frozen.largest_change > 1e-3).any(): sys.exit("a frozen system moved by more than 1e-3")

@@ -31,6 +31,6 @@ def test_frozen_systems_agree(compared):
 
 
 def test_trained_systems_agree_within_the_stated_spread(compared):
-    "Without look-alike inputs, training would go its own way; a smoke run is short enough to stay close."
+    "If the inputs differed, training would diverge; a smoke run is short enough to stay close."
     trained = compared[~compared.system.isin(FROZEN)]
     assert len(trained) >= 5 and (trained.median_change <= .02).all() and (trained.auroc_change.abs() <= .1).all(), trained
