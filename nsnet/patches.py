@@ -57,6 +57,7 @@ def _powers(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [part.reshape(-1, count) for part in parts]
     return np.concatenate(parts), np.repeat(grey.dtype.type([2, 2, 2, 2, 1]), [len(part) for part in parts])
 
+# %% ../nbs/10_patches.ipynb #e139e71b
 def _block_entropies(patches: np.ndarray, dtype: type, eps: float) -> np.ndarray:
     "`spectral_entropy` of one block of patches, computed in `dtype`."
     sums = patches.reshape(len(patches), -1, 3).astype(dtype) @ np.ones(3, dtype)
