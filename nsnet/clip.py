@@ -95,6 +95,7 @@ def _tokenizer_options(name: str) -> dict:
     if tower := config["model_cfg"]["text_cfg"].get("hf_model_name"): _refuse_code(tower)
     return dict(trust_remote_code=False) if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
 
+# %% ../nbs/11_clip.ipynb #71fb4066
 def _create(name, device):
     "open_clip's model and tokenizer for a name; every failure becomes a one-line ValueError."
     import open_clip

@@ -252,6 +252,7 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
     return net.fit(part.x, part.y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
 
+# %% ../nbs/22_training.ipynb #bf4e3585
 def _warn_of_few(val: Part) -> None:
     "Warn where chance chooses the best epoch and the threshold."
     fake = int(val.y.sum())
