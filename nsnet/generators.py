@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from .images import atomic_write
 from .index import scan
-from .scenes import CONTENTS, SIZE, WORDS, camera, jpeg_bytes, jpeg_quality, render_photo, render_scene, scene_place
+from .scenes import (CONTENTS, SIZE, WORDS, _turned, camera, jpeg_bytes, jpeg_quality, render_photo, render_scene,
+                          scene_place)
 from .storage import asset, fingerprint
 
 # %% ../nbs/08_generators.ipynb #312e5aad
@@ -67,8 +68,7 @@ def _layout(places):
     "Places (B, 5) from `scene_place` as a picture (B, 3, 32, 32): coordinates on the object, height above the horizon."
     x, y, r, turn, horizon = places.float()[:, :, None, None].unbind(1)
     middle = torch.arange(2, SIZE, 4) - .5                               # of every latent, pixels
-    dx, dy = middle - x, middle[:, None] - y
-    along, across = dx*turn.cos() + dy*turn.sin(), dy*turn.cos() - dx*turn.sin()
+    along, across = _turned(middle - x, middle[:, None] - y, turn.cos(), turn.sin())
     height = ((horizon - middle[:, None])/SIZE).expand_as(along)
     return torch.stack([(along/r).clamp(-2, 2), (across/r).clamp(-2, 2), height], 1)
 

@@ -82,10 +82,9 @@ def scene_place(
     "Where the object of a scene stands."
     return _place(np.random.default_rng(seed))
 
-def _on_object(xx, yy, x, y, turn):
-    "Coordinates of pixels as seen from an object at (x, y) that is rotated by `turn`."
-    x0, y0 = xx - x, yy - y
-    return x0*math.cos(turn) + y0*math.sin(turn), y0*math.cos(turn) - x0*math.sin(turn)
+def _turned(x, y, cos, sin):
+    "Coordinates as seen from an object that is rotated by an angle of this cosine and sine."
+    return x*cos + y*sin, y*cos - x*sin
 
 # %% ../nbs/07_scenes.ipynb #b09fff7e
 def render_scene(
@@ -102,7 +101,7 @@ def render_scene(
     x0, y0 = xx - cx, yy - cy
     sx, sy = (x0 + .8*lx*r)/(1.25*r), (y0 - .85*r)/(.30*r)
     shadow = np.exp(-2.5*np.maximum(sx**2 + sy**2 - .35, 0))*below
-    d = _signed_distance(shape, *_on_object(xx, yy, cx, cy, turn), r)
+    d = _signed_distance(shape, *_turned(x0, y0, math.cos(turn), math.sin(turn)), r)
     bulge = np.clip(d/(.5*r), 0, 1)
     shade = .45 + .55*np.clip(.7*(x0*lx + y0*ly)/r + .45 + .35*bulge, 0, 1.3)
     grain = np.exp(.08*texture(rng, .9) + .05*texture(rng, .3))
