@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
-# %% ../nbs/18_config.ipynb #596a293d
+# %% ../nbs/18_config.ipynb #b561021b
 _RANGES = {name: ends for names, ends in {               # both ends included
     "dropout lora_dropout": (0, .99), "tau_sv warmup": (0, 1), "energy": (1e-9, 1), "temperature": (.001, 100),
     "bce_weight align_weight weight_decay": (0, 1000), "lr": (0, 10), "max_grad_norm": (1e-9, 10**6),
     "lora_rank lora_alpha lora_blocks": (0, 4096), "null_rank patch canvas side": (1, 4096), "quality": (1, 100),
+    "directions": (1, 64),
     "epochs": (1, 10**4), "batch_size gradient_accumulation": (1, 2**16), "n_train n_test": (1, 10**7),
     "seed": (0, 2**32 - 1)}.items() for name in names.split()}
 
@@ -79,20 +80,22 @@ def _load(cls: type, saved: Any) -> Any:
         if name not in saved and field.default is MISSING: raise ValueError(f"the {cls.__name__} has no {name}")
     return cls(**saved)
 
-# %% ../nbs/18_config.ipynb #ae118cd1
+# %% ../nbs/18_config.ipynb #e4e962d2
 @dataclass(frozen=True)
 class Recipe:
     "One system: what it computes, what is learned and how."
     name: str                            # how the system is called in tables
     kind: Literal["nsnet", "linear_probe", "spectrum_probe"] = "nsnet"
-    patches: Literal["spectral", "as_released", "whole"] = "spectral"  # eq. 13, as released, or image resized
-    projection: Literal["per_sample", "global", "as_released", "none"] = "per_sample"                # eq. 16, or eq. 15
+    patches: Literal["spectral", "as_released", "whole", "highest", "lowest", "random"] = "spectral"  # see `preprocess`
+    projection: Literal["per_sample", "residual", "global", "leace", "mean", "as_released", "none"] = "per_sample"
     mapper: bool = True                  # refine the caption's embedding (eq. 14)
+    mapper_gradient: Literal["all", "alignment"] = "all"               # the losses that the mapper learns from
+    directions: int = 1                  # that are removed from each image
     dropout: float = .1                  # in the mapper
     tau_sv: float = 1e-6                 # τ of eq. 15: singular values up to this share of the largest count as zero
     null_rank: int | None = None         # global: keep this many directions instead; goes before energy
     energy: float | None = None          # global: drop the directions that carry this share of the energy instead
-    contrastive: Literal["supcon", "as_released"] = "supcon"           # eq. 18, or as released
+    contrastive: Literal["supcon", "as_released", "none"] = "supcon"   # eq. 18, or as released, or without it
     logits_on: Literal["normalized", "raw"] = "normalized"             # eq. 19: on f; raw: before its scaling
     bce_weight: float = .2               # α, weight of the cross-entropy (eq. 21)
     align_weight: float = .3             # β, weight of the alignment (eq. 21)
@@ -119,7 +122,7 @@ class Recipe:
     __post_init__ = _convert_fields
     load = classmethod(_load)            # from saved fields
 
-# %% ../nbs/18_config.ipynb #e46067cf
+# %% ../nbs/18_config.ipynb #88856ddb
 _PLAIN = dict(projection="none", mapper=False, align_weight=0.)
 _PROBE = dict(patches="whole", lora_rank=0, **_PLAIN)
 _RELEASED = dict(patches="as_released", contrastive="as_released", logits_on="raw", lora_rank=0, lr=2e-4,
@@ -129,6 +132,11 @@ RECIPES = {r.name: r for r in (
     Recipe("advanced"),
     Recipe("ns_net", projection="global", energy=.99, mapper=False, align_weight=0.),
     Recipe("no_projection", **_PLAIN),
+    Recipe("advanced_detached", mapper_gradient="alignment"),
+    Recipe("advanced_no_mapper", mapper=False, align_weight=0.),
+    Recipe("residual", projection="residual", mapper_gradient="alignment"),
+    Recipe("leace", projection="leace", energy=.99, mapper=False, align_weight=0.),
+    Recipe("mean_direction", projection="mean", mapper=False, align_weight=0.),
     Recipe("linear_probe", "linear_probe", **_PROBE),
     Recipe("spectrum_probe", "spectrum_probe", **_PROBE),
     Recipe("advanced_as_released", **_RELEASED),
@@ -221,11 +229,11 @@ def recipe_for(
     training = {} if name.endswith("_as_released") else {k: v for k, v in preset.training if k not in own}
     return override(override(base, **training), **changes)
 
-# %% ../nbs/18_config.ipynb #b761f9c2
+# %% ../nbs/18_config.ipynb #b253d38a
 @dataclass(frozen=True)
 class PreprocessConfig:
     "From an image to what the network gets to see."
-    kind: Literal["spectral", "as_released", "whole", "spectrum"] = "spectral"  # spectrum: radial power, no canvas
+    kind: Literal["spectral", "as_released", "whole", "highest", "lowest", "random", "spectrum"] = "spectral"
     patch: int = 16                      # side of a patch, pixels
     canvas: int = 64                     # side of the canvas, pixels
     seed: int = 0                        # of the shuffle of the patches

@@ -204,7 +204,7 @@ Generators and cameras that it was not trained on may score either way; so may r
 The probability is not calibrated for the share of generated pictures among yours.
 """
 
-# %% ../nbs/21_detector.ipynb #a25f8bc2
+# %% ../nbs/21_detector.ipynb #8b61a012
 class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
@@ -224,7 +224,7 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         self.recipe, self.preprocess, self.backbone = recipe, preprocess, backbone
         self.net, self.threshold = net.to(backbone.device).eval(), float(threshold)
         self.captioner, self.trained_on = captioner, trained_on
-        self.needs_captions = isinstance(net, NSNet) and net.projection == "per_sample"
+        self.needs_captions = isinstance(net, NSNet) and net.reads_captions
 
     def __repr__(self) -> str:
         return (f"Detector({self.recipe.name}, CLIP {self.backbone.name}, threshold {self.threshold:.3f}, trained on "

@@ -6,8 +6,9 @@
 __all__ = ['preprocess', 'preprocess_all', 'network_inputs', 'projection_matrix', 'build_network', 'predict', 'calibrate',
            'trained_state', 'load_trained_state', 'save_weights', 'load_weights']
 
-# %% ../nbs/19_inference.ipynb #e1121f3d
+# %% ../nbs/19_inference.ipynb #f5c60eeb
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ from .images import atomic_write, open_image
 from .lora import add_lora
 from .metrics import calibrate_temperature, calibrate_threshold
 from .model import NSNet, NSNetOutput
-from .nullspace import global_projection, global_projection_as_released
-from .patches import select_patches, select_patches_as_released, whole_image
+from .nullspace import global_projection, global_projection_as_released, leace_projection
+from .patches import select_patches, select_patches_as_released, select_patches_by, whole_image
 from .storage import Tensors, _require, fingerprint, open_collection, refuse_if_mostly_rejected
 
-# %% ../nbs/19_inference.ipynb #751393a4
+# %% ../nbs/19_inference.ipynb #08dc8148
 def preprocess(
     image,                     # a PIL image, or (H, W, 3) uint8
     config: PreprocessConfig,
@@ -35,8 +36,8 @@ def preprocess(
     "What the network gets to see of an image. Raises ValueError for an image smaller than one patch."
     if config.kind == "spectrum": return radial_spectrum(np.asarray(image))
     if config.kind == "whole": return whole_image(image, config.canvas)
-    select = select_patches if config.kind == "spectral" else select_patches_as_released
-    return select(image, config.patch, config.canvas, config.seed)
+    known = dict(spectral=select_patches, as_released=select_patches_as_released)
+    return known.get(config.kind, partial(select_patches_by, config.kind))(image, config.patch, config.canvas, config.seed)
 
 # %% ../nbs/19_inference.ipynb #a370f8da
 def _config_key(config: PreprocessConfig) -> str:
@@ -83,17 +84,23 @@ def network_inputs(
     keys = keys and [f"{key}-{_config_key(config)}" for key in keys]
     return image_features(backbone, arrays, keys, cache, progress=progress)
 
-# %% ../nbs/19_inference.ipynb #184d7e60
+# %% ../nbs/19_inference.ipynb #1662ea1e
 def projection_matrix(
     recipe: Recipe,
     v: torch.Tensor,           # (N, d) embeddings of the training captions
+    x: torch.Tensor = None,    # for LEACE: (N, d) features of the images, or their canvases
+    backbone: Backbone = None, # for canvases
 ) -> torch.Tensor | None:      # (d, d) float64
     "The matrix of a global projection (eq. 15), None for other systems. Raises EmptyNullSpace when nothing is left."
+    energy = None if recipe.null_rank else recipe.energy
     if recipe.projection == "as_released": return global_projection_as_released(v)
-    if recipe.projection != "global": return None
-    return global_projection(v, recipe.tau_sv, recipe.null_rank, None if recipe.null_rank else recipe.energy)
+    if recipe.projection == "global": return global_projection(v, recipe.tau_sv, recipe.null_rank, energy)
+    if recipe.projection not in ("leace", "mean"): return None
+    u = x if x.ndim == 2 else image_features(backbone, x.numpy(), progress=False)
+    if recipe.projection == "leace": return leace_projection(u, v, recipe.null_rank, energy)
+    return global_projection(u.mean(0, keepdim=True))
 
-# %% ../nbs/19_inference.ipynb #e19cc01e
+# %% ../nbs/19_inference.ipynb #0ff20048
 def build_network(
     recipe: Recipe,
     backbone: Backbone,
@@ -107,8 +114,9 @@ def build_network(
         tower = add_lora(backbone.image_tower(), recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets,
                          recipe.lora_blocks, recipe.lora_dropout)
         if recipe.gradient_checkpointing: tower.visual.get_base_model().set_grad_checkpointing(True)
-    projection = "global" if recipe.projection == "as_released" else recipe.projection
-    net = NSNet(backbone.embed_dim, projection, P=P, mapper=recipe.mapper, dropout=recipe.dropout, tower=tower,
+    projection = "global" if recipe.projection in ("as_released", "leace", "mean") else recipe.projection
+    net = NSNet(backbone.embed_dim, projection, P=P, mapper=recipe.mapper, mapper_gradient=recipe.mapper_gradient,
+                directions=recipe.directions, dropout=recipe.dropout, tower=tower,
                 normalize_features=recipe.normalize_features, logits_on=recipe.logits_on)
     return net.to(backbone.device)
 

@@ -122,8 +122,10 @@ def _gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     sizes = [int(c) for c in counts]
     return tuple(_GatherRows.apply(t.contiguous(), sizes) for t in tensors)
 
-# %% ../nbs/14_losses.ipynb #b36b2b19
-_CONTRASTIVE = {"supcon": supcon_loss, "as_released": supcon_loss_as_released}
+# %% ../nbs/14_losses.ipynb #1b050d19
+def _nothing(f: Tensor, y: Tensor, temperature: float) -> Tensor: return 0.*f.sum()
+
+_CONTRASTIVE = {"supcon": supcon_loss, "as_released": supcon_loss_as_released, "none": _nothing}
 
 class LossTerms(NamedTuple):
     "The loss of eq. 21 and its three terms, unweighted; all scalars."
@@ -141,7 +143,7 @@ def nsnet_loss(
     bce_weight: float = 0.2, # α
     align_weight: float = 0.3, # β
     temperature: float = 0.07, # τ of the contrastive term
-    contrastive: str = "supcon", # "supcon" (eq. 18) or "as_released"
+    contrastive: str = "supcon", # "supcon" (eq. 18), "as_released" or "none"
     align_reduction: str = "mean", # of the alignment over components: "mean" or "sum"
     gather: bool = False, # rows from all processes: each returns the whole batch's loss
 ) -> LossTerms: # the total carries the gradient of all terms

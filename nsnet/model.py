@@ -5,29 +5,30 @@
 # %% auto #0
 __all__ = ['SemanticMapper', 'ProjectionHead', 'NSNetOutput', 'NSNet']
 
-# %% ../nbs/15_model.ipynb #85a2875b
+# %% ../nbs/15_model.ipynb #3fb9fec3
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nullspace import project_global, project_per_sample
+from .nullspace import project_global, project_per_sample, project_span
 
-# %% ../nbs/15_model.ipynb #9878c845
+# %% ../nbs/15_model.ipynb #1188e021
 class SemanticMapper(nn.Module):
-    "Residual two-layer map from a caption's embedding to its image's semantics, (B, d) to (B, d) (eq. 14)."
+    "Residual two-layer map from a caption's embedding to its image's semantics, (B, d) to (B, k, d) (eq. 14)."
     def __init__(self,
         embed_dim: int,             # d
         hidden: int | None = None,  # width of the hidden layer; None: 4 d / 3
         dropout: float = 0.1,       # on the hidden layer, while training
+        directions: int = 1,        # k
     ):
         super().__init__()
-        hidden = hidden or round(4*embed_dim/3)
+        hidden, self.shape = hidden or round(4*embed_dim/3), (directions, embed_dim)
         self.net = nn.Sequential(nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Dropout(dropout),
-                                 nn.Linear(hidden, embed_dim))
+                                 nn.Linear(hidden, directions*embed_dim))
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, v: Tensor) -> Tensor: return self.norm(v + self.net(v))
+    def forward(self, v: Tensor) -> Tensor: return self.norm(v[:, None] + self.net(v).unflatten(1, self.shape))
 
 # %% ../nbs/15_model.ipynb #f68ea395
 class ProjectionHead(nn.Sequential):
@@ -58,14 +59,16 @@ def _checked_projector(P, d):
     raise ValueError(f"projection='global' needs P of shape ({d}, {d}) from nullspace.global_projection, got "
                      f"{None if P is None else tuple(P.shape)}")
 
-# %% ../nbs/15_model.ipynb #79bac6dc
+# %% ../nbs/15_model.ipynb #cf63586f
 class NSNet(nn.Module):
     "Image embedding minus its semantics, then a head and a logit (eqs. 14-17 and 19)."
     def __init__(self,
         embed_dim: int,                     # d
-        projection: str = "per_sample",     # "per_sample" (eq. 16), "global" (eq. 15) or "none"
+        projection: str = "per_sample",     # "per_sample" (eq. 16), "residual", "global" (eq. 15) or "none"
         P: Tensor | None = None,            # projector (d, d), for "global" only
-        mapper: bool = True,                # map captions before a per-sample projection; False: use them as they are
+        mapper: bool = True,                # map captions before they are projected out; False: use them as they are
+        mapper_gradient: str = "all",       # the mapper learns from "all" losses, or from "alignment" alone
+        directions: int = 1,                # that a per-sample projection removes; more need a mapper
         mapper_hidden: int | None = None,   # None: 4 d / 3
         dropout: float = 0.1,               # in the mapper
         head_hidden: int = 512,             # hidden width of the head
@@ -75,13 +78,17 @@ class NSNet(nn.Module):
         logits_on: str = "normalized",      # "normalized" (eq. 19) or "raw": before scaling to length one
     ):
         super().__init__()
-        _check_choice("projection", projection, ("per_sample", "global", "none"))
+        _check_choice("projection", projection, ("per_sample", "residual", "global", "none"))
+        _check_choice("mapper_gradient", mapper_gradient, ("all", "alignment"))
         _check_choice("logits_on", logits_on, ("normalized", "raw"))
         self.register_buffer("P", _checked_projector(P, embed_dim) if projection == "global" else None)
         self.embed_dim, self.projection = embed_dim, projection
         self.normalize_features, self.logits_on = normalize_features, logits_on
-        with_mapper = mapper and projection == "per_sample"
-        self.mapper = SemanticMapper(embed_dim, mapper_hidden, dropout) if with_mapper else None
+        self.mapper_gradient, self.reads_captions = mapper_gradient, projection in ("per_sample", "residual")
+        with_mapper = mapper and self.reads_captions
+        if directions > 1 and not (with_mapper and projection == "per_sample"):
+            raise ValueError(f"directions={directions} needs a mapper and projection='per_sample'")
+        self.mapper = SemanticMapper(embed_dim, mapper_hidden, dropout, directions) if with_mapper else None
         self.head, self.classifier = ProjectionHead(embed_dim, head_hidden, head_out), nn.Linear(head_out, 1)
         self.tower = tower
 
@@ -89,8 +96,11 @@ class NSNet(nn.Module):
         "What is left of the images `u` (B, d) without the captions `v` (B, d), and the mapped captions or None."
         if self.projection == "global": return project_global(u, self.P), None
         if self.projection == "none": return u, None
-        m = None if self.mapper is None else self.mapper(v)
-        return project_per_sample(u, v if m is None else m), m
+        m = v[:, None] if self.mapper is None else self.mapper(v)
+        taken = m.detach() if self.mapper_gradient == "alignment" else m
+        if self.projection == "residual": left = u - taken[:, 0]
+        else: left = project_per_sample(u, taken[:, 0]) if m.shape[1] == 1 else project_span(u, taken)
+        return left, None if self.mapper is None else m.mean(1)
 
     def forward(self, x: Tensor, v: Tensor) -> NSNetOutput:
         "`x`: canvases for the tower, or embeddings (B, d) without one; `v`: caption embeddings (B, d)."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['project_per_sample', 'caption_spectrum', 'null_rank_of', 'EmptyNullSpace', 'global_projection', 'project_global',
-           'global_projection_as_released']
+           'global_projection_as_released', 'project_span', 'leace_projection']
 
 # %% ../nbs/13_nullspace.ipynb #9cbc6119
 from collections.abc import Iterable
@@ -118,3 +118,33 @@ def global_projection_as_released(
     null_dim = max(1, V.shape[1] - int((singular_values > tau_sv).sum()))
     kept = Vh[-null_dim:].double()
     return kept.T @ kept
+
+# %% ../nbs/13_nullspace.ipynb #eb01d4c8
+def project_span(
+    u: Tensor, # image embeddings (B, d)
+    M: Tensor, # k directions per image (B, k, d), linearly independent, k at most d
+) -> Tensor: # (B, d): each row of `u` without its part in the span of its directions
+    "Remove the span of each sample's own k directions, in float32 at least; ValueError for shapes that do not fit."
+    if M.ndim != 3 or (len(M), M.shape[2]) != tuple(u.shape) or M.shape[1] > u.shape[1]:
+        raise ValueError(f"u is (B, d) and M (B, k, d) with k up to d, got {tuple(u.shape)} and {tuple(M.shape)}")
+    dtype, Q, wide = torch.promote_types(u.dtype, M.dtype), torch.linalg.qr(_wide(M).mT).Q, _wide(u)
+    return (wide - (Q @ (Q.mT @ wide[..., None])).squeeze(-1)).to(dtype)
+
+# %% ../nbs/13_nullspace.ipynb #237fec53
+def leace_projection(
+    U: Tensor, # image embeddings (N, d)
+    V: Tensor, # caption embeddings (N, d'), or any other numbers that are to be erased
+    null_rank: int | None = None, # keep this many directions
+    energy: float | None = None, # instead: erase the directions that carry this share of the covariance
+) -> Tensor: # (d, d) float64, for `project_global`; idempotent
+    "Least-squares erasure of V from U (LEACE, Belrose et al. 2023); EmptyNullSpace where it would leave nothing."
+    if len(U) != len(V) or len(U) < 2: raise ValueError(f"images and captions: {len(U)} and {len(V)} rows")
+    U, V = (x.detach().double() - x.detach().double().mean(0) for x in (U, V))
+    if not (U.isfinite().all() and V.isfinite().all()): raise ValueError("an embedding is not finite (NaN or inf)")
+    variance, axes = torch.linalg.eigh(U.T @ U / len(U))
+    scale = variance.clamp_min(1e-10 * variance[-1]).sqrt()
+    W, W_inverse = (axes * scale**power @ axes.T for power in (-1, 1))
+    B, spectrum, _ = torch.linalg.svd(W @ (U.T @ V / len(U)))
+    spectrum = torch.cat([spectrum, spectrum.new_zeros(U.shape[1] - len(spectrum))])
+    B = B[:, :_n_dropped(spectrum, 1e-6, null_rank, energy)]
+    return (torch.eye(U.shape[1], dtype=W.dtype) - W_inverse @ B @ B.T @ W).T

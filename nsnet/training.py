@@ -227,7 +227,7 @@ def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) ->
     if found != key: raise ValueError(f"{out} holds another run{_OTHER}")
     return Detector.from_pretrained(out, backbone=backbone, captioner=captioner)
 
-# %% ../nbs/22_training.ipynb #885f3c6d
+# %% ../nbs/22_training.ipynb #07eaf7c4
 def _keep(out: Path, detector: Detector, run: dict) -> None:
     "Write a finished run, by the first process alone: detector, history, what was left out, and last run.json."
     together = _accelerator(detector.backbone.device)
@@ -248,7 +248,7 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
     _warn_of_few(parts["val"])
     torch.manual_seed(seed)
     part = parts["train"]
-    net = build_network(recipe, backbone, projection_matrix(recipe, part.v))
+    net = build_network(recipe, backbone, projection_matrix(recipe, part.v, part.x, backbone))
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
     return net.fit(part.x, part.y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
 
