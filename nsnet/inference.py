@@ -28,7 +28,7 @@ from .nullspace import global_projection, global_projection_as_released, leace_p
 from .patches import select_patches, select_patches_as_released, select_patches_by, whole_image
 from .storage import Tensors, _require, fingerprint, open_collection, refuse_if_mostly_rejected
 
-# %% ../nbs/19_inference.ipynb #08dc8148
+# %% ../nbs/19_inference.ipynb #75302e48
 def preprocess(
     image,                     # a PIL image, or (H, W, 3) uint8
     config: PreprocessConfig,
@@ -37,7 +37,8 @@ def preprocess(
     if config.kind == "spectrum": return radial_spectrum(np.asarray(image))
     if config.kind == "whole": return whole_image(image, config.canvas)
     known = dict(spectral=select_patches, as_released=select_patches_as_released)
-    return known.get(config.kind, partial(select_patches_by, config.kind))(image, config.patch, config.canvas, config.seed)
+    select = known.get(config.kind, partial(select_patches_by, config.kind))
+    return select(image, config.patch, config.canvas, config.seed)
 
 # %% ../nbs/19_inference.ipynb #a370f8da
 def _config_key(config: PreprocessConfig) -> str:
