@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'reliability', 'point_metrics', 'resample', 'bootstrap', 'evaluate', 'image_interval', 'seed_interval',
-           'evaluate_seeds', 'by_generator', 'holm', 'best_threshold', 'calibrate_threshold', 'calibrate_temperature']
+           'evaluate_seeds', 'by_generator', 'holm', 'caption_sensitivity', 'best_threshold', 'calibrate_threshold',
+           'calibrate_temperature']
 
 # %% ../nbs/17_metrics.ipynb #5ee26570
 import numpy as np
@@ -228,6 +229,20 @@ def holm(
     order, result = np.argsort(filled, kind="stable"), np.empty(len(p))
     result[order] = np.minimum(np.maximum.accumulate(filled[order]*np.arange(len(p), 0, -1)), 1)
     return np.where(np.isnan(p), np.nan, result)
+
+# %% ../nbs/17_metrics.ipynb #2c7b3520
+def caption_sensitivity(
+    y,                       # (n,) labels, 0 real, 1 generated
+    score,                   # (n,) probabilities of being generated
+    swapped,                 # (n,) those of the same images, each with another image's caption
+    threshold: float = 0.5,  # scores at or above it count as generated
+) -> dict[str, float]:       # flipped, abs_dlogit, auroc, auroc_swapped
+    "Share of decisions that another caption changes, mean absolute change of the logit, AUROC without and with it."
+    both = np.concatenate([_checked(y, np.ravel(s))[1] for s in (score, swapped)])
+    auroc, auroc_swapped = (point_metrics(y, s, threshold)["auroc"] for s in both)
+    logit = np.log((p := both.clip(1e-6, 1 - 1e-6))/(1 - p))
+    return dict(flipped=float(np.not_equal(*(both >= threshold)).mean()),
+                abs_dlogit=float(abs(np.subtract(*logit)).mean()), auroc=auroc, auroc_swapped=auroc_swapped)
 
 # %% ../nbs/17_metrics.ipynb #00d8fb58
 def _best_cut(y: np.ndarray, score: np.ndarray, weight: np.ndarray) -> tuple[float, float]:

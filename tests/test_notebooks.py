@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[1]
 COMPONENTS = sorted((REPO/"nbs").glob("[0-9]*.ipynb"))
 STUDIES = sorted((REPO/"nbs/studies").glob("*.ipynb"))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in COMPONENTS}
-LEAVES = {"images", "patches", "nullspace", "losses", "metrics"}
+LEAVES = {"images", "patches", "nullspace", "losses", "metrics", "counts"}
 MODULES = [p for p in sorted((REPO/"nsnet").glob("*.py")) if p.name != "_modidx.py"]
 by_name = dict(ids=lambda path: path.stem)
 
