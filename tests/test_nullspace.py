@@ -10,7 +10,7 @@ concept_erasure = pytest.importorskip("concept_erasure", reason="concept-erasure
 def images_and_concepts(n=900, d=32, k=4, seed=0):
     "Images whose covariance is far from round, and k numbers that depend on them."
     g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(d, d, generator=g, dtype=torch.float64)*torch.logspace(1, -2, d, dtype=torch.float64)
+    mix = torch.randn(d, d, generator=g, dtype=torch.float64)*torch.logspace(1, -1, d, dtype=torch.float64)
     U = torch.randn(n, d, generator=g, dtype=torch.float64) @ mix + 3
     Z = U[:, :8] @ torch.randn(8, k, generator=g, dtype=torch.float64) + torch.randn(n, k, generator=g, dtype=torch.float64)
     return U, Z
