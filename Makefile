@@ -4,10 +4,10 @@ READY := .venv/.ready
 STUDY := python -m nsnet.study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full robustness mini mini-detector processors rehearsal speed versions test sync readme clean
+.PHONY: study study-full ablation robustness mini mini-detector processors rehearsal speed versions test sync readme clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
-study study-full robustness mini-detector: export OMP_NUM_THREADS = 1
+study study-full ablation robustness mini-detector: export OMP_NUM_THREADS = 1
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
@@ -16,6 +16,10 @@ study: $(READY)
 # The same with five seeds, which is what the README shows: reports/table1-full/
 study-full: $(READY)
 	$(STUDY) table1 preset=mini seeds=0,1,2,3,4 out=reports/table1-full
+
+# Is it the caption, and what does each part earn: reports/ablation/ (about an hour)
+ablation: $(READY)
+	$(STUDY) ablation preset=mini seeds=0,1,2,3,4 n_boot=2000 out=reports/ablation
 
 # What is left of the detectors when pictures were compressed, scaled, cropped or sent on: reports/robustness/
 robustness: $(READY)

@@ -29,7 +29,7 @@ def system(name, **changes):
     "A system of the mini preset on a backbone of its own, and eight inputs: x, y, v."
     torch.manual_seed(0)
     recipe, backbone = recipe_for(name, PRESET, **changes), load_backbone("mini", "cpu")
-    P = torch.eye(backbone.embed_dim) if recipe.projection in ("global", "as_released") else None
+    P = torch.eye(backbone.embed_dim) if recipe.projection in ("global", "as_released", "leace", "mean") else None
     net = build_network(recipe, backbone, P)
     x = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8) if recipe.lora_rank else torch.randn(8, backbone.embed_dim)
     return recipe, net, (x, torch.tensor([0., 1.]*4), torch.randn(8, backbone.embed_dim))
