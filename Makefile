@@ -4,10 +4,10 @@ READY := .venv/.ready
 STUDY := python -m nsnet.study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full mini mini-detector audit processors rehearsal speed versions test sync readme clean
+.PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed versions test sync readme clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
-study study-full mini-detector audit: export OMP_NUM_THREADS = 1
+study study-full ablation audit generators robustness mini-detector: export OMP_NUM_THREADS = 1
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
@@ -17,6 +17,25 @@ study: $(READY)
 study-full: $(READY)
 	$(STUDY) table1 preset=mini seeds=0,1,2,3,4 out=reports/table1-full
 
+# Is it the caption, and what does each part earn: reports/ablation/ (about an hour)
+ablation: $(READY)
+	$(STUDY) ablation preset=mini seeds=0,1,2,3,4 n_boot=2000 out=reports/ablation
+
+# What the released numbers measure, one switch of the protocol at a time: reports/audit/
+audit: $(READY)
+	$(STUDY) audit preset=mini seeds=0,1,2,3,4 out=reports/audit
+
+# Every generator in training and in testing, one left out, five seeds: reports/generators/ (about half an hour)
+generators: $(READY)
+	$(STUDY) generators preset=mini seeds=0,1,2,3,4 out=reports/generators
+
+# What is left of the detectors when pictures were compressed, scaled, cropped or sent on: reports/robustness/
+robustness: $(READY)
+	$(STUDY) robustness preset=mini seeds=0,1,2,3,4 out=reports/robustness
+
+# All of them, which share detectors, canvases and features
+studies: study-full ablation audit generators robustness
+
 # Make the mini world itself from nothing (hours): nsnet/assets/mini/ and reports/make_mini/
 mini: $(READY)
 	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini before=reports/make_mini/version1.csv
@@ -24,10 +43,6 @@ mini: $(READY)
 # Train the detector that ships, on the mini world as it is (minutes): nsnet/assets/mini/detector/ and reports/mini_detector/
 mini-detector: $(READY)
 	$(STUDY) mini_detector scale=real out=reports/mini_detector assets=nsnet/assets/mini/detector
-
-# What the released numbers measure, one switch of their protocol at a time: reports/audit/
-audit: $(READY)
-	$(STUDY) audit preset=mini seeds=0,1,2,3,4 out=reports/audit
 
 # The study under other instruction sets and with two threads: reports/processors/
 processors: $(READY)

@@ -67,7 +67,7 @@ def fig_differences(
         fig.suptitle(fill(title, 32*len(columns) + 20) + "\n" + fill(key, 32*len(columns) + 20), fontsize=9)
     return fig
 
-# %% ../nbs/27_comparisons.ipynb #7a61eaaf
+# %% ../nbs/27_comparisons.ipynb #6f06dc1d
 _MARKS = "osD^vP*X"
 
 def fig_sweep(
@@ -89,7 +89,8 @@ def fig_sweep(
                 axis.vlines(x, own.image_low, own.image_high, color=color, lw=2.4)
                 axis.plot(x, own.value, color=color, lw=1, marker=_MARKS[i % len(_MARKS)], ms=4, label=name)
             if chance is not None: axis.axhline(chance, **_LINE)
-            axis.set(title=head, xlabel=xlabel)
+            axis.set_title(head)
+        fig.supxlabel(xlabel, fontsize=9)
         axes[0, 0].set_ylabel(ylabel)
         axes[0, -1].legend(labelcolor="linecolor", loc="center left", bbox_to_anchor=(1.02, .5))
         fig.suptitle(fill(title, 34*len(tables) + 20), fontsize=9)

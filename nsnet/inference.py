@@ -147,22 +147,22 @@ def _probability(logits: torch.Tensor) -> np.ndarray:
     if logits.isfinite().all(): return logits.double().sigmoid().numpy()
     raise ValueError("the network's answer is NaN or infinite: its weights or its input are damaged")
 
-# %% ../nbs/19_inference.ipynb #f8f55f05
+# %% ../nbs/19_inference.ipynb #7e34523f
 @torch.no_grad()
 def calibrate(
     net: torch.nn.Module,            # NSNet or Probe, trained; its last layer is changed
     x: torch.Tensor,                 # (n, …) of held-out images, from `network_inputs`
     v: torch.Tensor,                 # (n, d) embeddings of their captions
     y: np.ndarray,                   # (n,) their labels, 0 real, 1 generated
-) -> float:                          # threshold; 0.5 where a label is missing, and then nothing is changed
+) -> tuple[float, float]:            # threshold and temperature; 0.5 and 1 where a label is missing: nothing is changed
     "Calibrate the probabilities of a network on held-out images, by temperature, and the threshold."
-    if len(set(np.asarray(y).tolist())) < 2: return .5
+    if len(set(np.asarray(y).tolist())) < 2: return .5, 1.
     logits = predict(net, x, v).logits
     _probability(logits)                        # refuses NaN and infinite ones
     T = calibrate_temperature(y, logits.double().numpy())
     last = getattr(net, "classifier", net)
     for part in (last.weight, last.bias): part /= T
-    return calibrate_threshold(y, _probability(logits/T))
+    return calibrate_threshold(y, _probability(logits/T)), T
 
 # %% ../nbs/19_inference.ipynb #07882869
 def _learned(net: torch.nn.Module) -> dict[str, torch.Tensor]:

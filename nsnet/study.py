@@ -181,7 +181,7 @@ def run_study(
         raise
     return final
 
-# %% ../nbs/25_study.ipynb #06036b6a
+# %% ../nbs/25_study.ipynb #45feea23
 def _collection(preset: Preset, root: Path, cache: Path, progress: bool) -> tuple[pd.DataFrame, Path]:
     "All images of a preset's collection and the folder their paths start from."
     if preset.data == "mini":
@@ -194,6 +194,7 @@ def study_index(
     preset: Preset,
     root: str | Path | None = None, # folder of the images; None: the preset's, or its own folder below `cache`
     cache: str | Path = "data", # folder for what was found and for images that are encoded again
+    forget_split: bool = False, # divide the collection anew, as those need it that have test images only
     match_formats: bool = False, # as many of each file format from both labels
     rule: str | None = None, # encode all images again: keep, resize or crop; None: as they are
     side: int | None = None, # of those, pixels
@@ -207,6 +208,7 @@ def study_index(
     rejected = index.attrs["rejected"] + [(r.path, f"{r.width}×{r.height} pixels, smaller than {preset.patch}")
                                           for r in index[small].itertuples()]
     index = index[~small].reset_index(drop=True)
+    if forget_split: index = index.assign(split="")
     if match_formats: index = balance_formats(index, root)
     index = split(index, preset.n_train, preset.n_test, seen=preset.seen)
     index.attrs["rejected"] = rejected

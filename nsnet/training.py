@@ -227,7 +227,7 @@ def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) ->
     if found != key: raise ValueError(f"{out} holds another run{_OTHER}")
     return Detector.from_pretrained(out, backbone=backbone, captioner=captioner)
 
-# %% ../nbs/22_training.ipynb #07eaf7c4
+# %% ../nbs/22_training.ipynb #8c5d092a
 def _keep(out: Path, detector: Detector, run: dict) -> None:
     "Write a finished run, by the first process alone: detector, history, what was left out, and last run.json."
     together = _accelerator(detector.backbone.device)
@@ -238,7 +238,7 @@ def _keep(out: Path, detector: Detector, run: dict) -> None:
             table = pd.DataFrame(run[name])
             with atomic_write(out/f"{name}.csv") as file: table.to_csv(file, index=False, lineterminator="\n")
         if run["rejected"]: write_rejected(run["rejected"], out/"rejected.csv")
-        summary = json.dumps({k: run[k] for k in ("key", "step", "best_epoch")})
+        summary = json.dumps({k: run[k] for k in ("key", "step", "best_epoch", "temperature")})
         with atomic_write(out/"run.json") as file: file.write_text(summary)
         (out/"checkpoint.safetensors").unlink(missing_ok=True)
     together.wait_for_everyone()
@@ -266,7 +266,7 @@ def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     made_by = ", ".join(sorted(set(fake.generator.astype(str))))
     return f"{len(real):,} real and {len(fake):,} generated images ({made_by}), preset {preset.name}, seed {seed}"
 
-# %% ../nbs/22_training.ipynb #04636db1
+# %% ../nbs/22_training.ipynb #89da9957
 def train(
     recipe: str | Recipe,                 # a system, by name with the preset's training fields
     index: pd.DataFrame,                  # with split (train, val) and captions
@@ -292,7 +292,7 @@ def train(
     net, run = _learned(recipe, parts, backbone, seed, checkpoint=out and out/"checkpoint.safetensors", key=key,
                         checkpoint_every=checkpoint_every, progress=progress)
     val = parts["val"]
-    threshold = calibrate(net, val.x, val.v, val.y.numpy())
+    threshold, T = calibrate(net, val.x, val.v, val.y.numpy())
     detector = Detector(recipe, config, backbone, net, threshold, sizes.captioner, _described(index, sizes, seed))
-    if out: _keep(out, detector, run | dict(rejected=rejected))
+    if out: _keep(out, detector, run | dict(rejected=rejected, temperature=T))
     return detector
