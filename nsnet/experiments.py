@@ -6,7 +6,8 @@
 __all__ = ['CONTROLS', 'caption_control', 'Inputs', 'confounded', 'Trial', 'run_trial', 'run_trials', 'score_table', 'fact_table',
            'save_scores', 'load_scores']
 
-# %% ../nbs/26_experiments.ipynb #43fdb812
+# %% ../nbs/26_experiments.ipynb #a7b97e74
+import gzip
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -220,7 +221,7 @@ def fact_table(
     facts = [{k: v for k, v in r.items() if not isinstance(v, (list, str))} for r in results]
     return pd.DataFrame([dict(system=t.name, seed=t.seed) | found for t, found in zip(trials, facts)])
 
-# %% ../nbs/26_experiments.ipynb #d95391e6
+# %% ../nbs/26_experiments.ipynb #b1d68cd8
 def save_scores(
     scores: pd.DataFrame,  # long table, see `score_table`
     path: str | Path,      # .csv.gz
@@ -230,8 +231,8 @@ def save_scores(
         index=["path", "label", "generator"], columns="column", values="score").reset_index()
     columns = list(dict.fromkeys(scores.system + " | " + scores.seed.astype(str)))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file: wide[["path", "label", "generator", *columns]].to_csv(
-        file, index=False, lineterminator="\n", compression=dict(method="gzip", mtime=0))
+    text = wide[["path", "label", "generator", *columns]].to_csv(index=False, lineterminator="\n")
+    with atomic_write(path) as file: file.write_bytes(gzip.compress(text.encode(), mtime=0))    # without a file's name
 
 def load_scores(
     path: str | Path,                    # of `save_scores`
