@@ -67,7 +67,7 @@ def fig_differences(
         fig.suptitle(fill(title, 32*len(columns) + 20) + "\n" + fill(key, 32*len(columns) + 20), fontsize=9)
     return fig
 
-# %% ../nbs/27_comparisons.ipynb #6f06dc1d
+# %% ../nbs/27_comparisons.ipynb #bbaf770d
 _MARKS = "osD^vP*X"
 
 def fig_sweep(
@@ -81,7 +81,7 @@ def fig_sweep(
     lines = list(dict.fromkeys(name for table in tables.values() for name in table.line))
     with figure(1, len(tables), (3.1*len(tables) + 1.6, 3.3), sharey=True) as (fig, axes):
         for axis, (head, table) in zip(axes[0], tables.items()):
-            step = np.diff(np.unique(table.x)).min() if table.x.nunique() > 1 else 1.
+            step = np.diff(np.unique(table.x)).min() if table.x.nunique() > 1 else .1
             for i, name in enumerate(lines):
                 own, color = table[table.line.eq(name)].sort_values("x"), _COLORS[name]
                 x = own.x + .12*step*(i - (len(lines) - 1)/2)
@@ -89,7 +89,7 @@ def fig_sweep(
                 axis.vlines(x, own.image_low, own.image_high, color=color, lw=2.4)
                 axis.plot(x, own.value, color=color, lw=1, marker=_MARKS[i % len(_MARKS)], ms=4, label=name)
             if chance is not None: axis.axhline(chance, **_LINE)
-            axis.set_title(head)
+            axis.set(title=head, xticks=np.unique(table.x) if table.x.nunique() < 3 else axis.get_xticks())
         fig.supxlabel(xlabel, fontsize=9)
         axes[0, 0].set_ylabel(ylabel)
         axes[0, -1].legend(labelcolor="linecolor", loc="center left", bbox_to_anchor=(1.02, .5))

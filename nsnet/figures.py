@@ -21,11 +21,12 @@ from .images import atomic_write
 from .metrics import point_metrics
 from .patches import cut_patches, draw_patches, select_patches, spectral_entropy
 
-# %% ../nbs/23_figures.ipynb #9158675c
+# %% ../nbs/23_figures.ipynb #60378418
 _COLORS = defaultdict(cycle(("#000000", "#882255", "#332288", "#999933")).__next__, advanced="#0072B2",
                       ns_net="#E69F00", no_projection="#009E73", linear_probe="#CC79A7", spectrum_probe="#7F7F7F",
                       advanced_as_released="#56B4E9", ns_net_as_released="#D55E00", advanced_detached="#882255",
-                      advanced_no_mapper="#332288", residual="#44AA99", leace="#999933", mean_direction="#000000")
+                      advanced_no_mapper="#332288", residual="#44AA99", leace="#999933", mean_direction="#AA4499",
+                      ns_net_highest="#000000")
 _REAL, _CATEGORIES = "#999999", ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _STYLE = {"figure.dpi": 72, "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
           "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",

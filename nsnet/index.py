@@ -230,7 +230,7 @@ def draw_order(
     rows["_place"] = (groups.cumcount() + 0.5) / groups.path.transform("size")
     return rows.sort_values(["_place", "_lot", "path"]).drop(columns=["_lot", "_place"])
 
-# %% ../nbs/03_index.ipynb #c1ff90d7
+# %% ../nbs/03_index.ipynb #c01e5658
 def _together(rows: pd.DataFrame, drawn: set) -> pd.DataFrame:
     "Rows with each group at the place of its first; groups that are drawn already come before all others."
     place = pd.Series(range(len(rows)), rows.index).groupby(rows._group).transform("min")
@@ -249,8 +249,8 @@ def _enough(rows: pd.DataFrame, n: int | None, use: str) -> pd.DataFrame:
     "The first n rows, or all for None. Raises ValueError when there are fewer, or none."
     if n is None: n = max(1, len(rows))
     if 1 <= n <= len(rows): return rows[:n]
-    raise ValueError(f"{n} {use} images per label: 1 or more are needed, and of one label there are {len(rows)}"
-                     "; index.assign(split='') forgets a split"*(not len(rows)))
+    hint = "" if len(rows) else "; index.assign(split='') forgets a split"
+    raise ValueError(f"{n} {use} images per label: 1 or more are needed, and of one label there are {len(rows)}{hint}")
 
 # %% ../nbs/03_index.ipynb #d3d4898a
 def _parts(mine: list[pd.DataFrame], others: pd.DataFrame, n_train, n_test, val, seed) -> tuple[list, int]:

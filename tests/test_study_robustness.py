@@ -14,7 +14,7 @@ from nsnet.study import run_study
 REPO = Path(__file__).resolve().parents[1]
 REPORT = REPO/"reports/robustness"
 FIGURES = {"transforms", "apart-seen", "apart-unseen", "jpeg", "pull", "alike", "retold", "thresholds", "reliability", "few-shot"}
-CHEAP = dict(systems="linear_probe,spectrum_probe", transforms="jpeg 50", alike=False)
+CHEAP = dict(systems="linear_probe,spectrum_probe", transforms="jpeg 50", alike="none")
 
 
 def study(folder, out="out", data="data", name="robustness", **params):
