@@ -163,9 +163,11 @@ def test_benchmark_with_published_numbers(tmp_path):
     "AIGIBench with all its test sets: the published table stands beside ours, and each generator has its own photographs."
     folders = both("train/car", "train/sdv1.4", "val/horse", *(f"test/{name}" for name in AIGIBENCH))
     root = build(tmp_path/"AIGIBench", *folders, files=[f"{i}.png" for i in range(4)])
-    out = study(tmp_path, root=str(root), systems="advanced,linear_probe", adapted=False, n_train=9, n_test=4, **SMALL)
+    out = study(tmp_path, root=str(root), systems="advanced,linear_probe", adapted=False, whole=True, **SMALL)
     table = tables_follow_from_scores(out)
     assert set(table.seen) == {"yes", "no"} and len(set(table.generator[table.seen.eq("no")])) == 24 + 2
+    scores = scored_pictures(out).query("system == 'advanced' and label == 0")
+    assert scores.groupby("source").path.nunique()[AIGIBENCH].eq(4).all()
     published = pd.read_csv(out/"published.csv")
     assert {"DGS-Net", "Effort", "advanced", "metadata"} <= set(published.system) and published.protocol.str.contains("25 test sets").all()
     ours = published[published.system.eq("advanced")].iloc[0]
@@ -186,6 +188,7 @@ def test_photographs_of_several_sources(tmp_path):
     scores = scored_pictures(out)
     own = scores[scores.system.eq("advanced") & scores.tower.eq("frozen") & scores.seed.eq(0)]
     with_imagenet = own[own.generator.eq("guided") | own.source.eq("imagenet")]
+    assert "photographs of their own" not in (out/"generators.md").read_text()
     cells = pd.read_csv(out/"cells.csv").query("system == 'advanced' and tower == 'frozen' and metric == 'auroc' and generator == 'guided'")
     assert abs(cells.value.iloc[0] - skm.roc_auc_score(with_imagenet.label, with_imagenet.score)) < 1e-4
 
