@@ -41,7 +41,7 @@ def study(folder, **params):
     return folder/"out"
 
 
-def test_pictures(out):
+def scored_pictures(out):
     "Scores by tower, system and training set, with the photographs' sources where there are some."
     scores = load_scores(out/"scores.csv.gz", pd.read_csv(out/"facts.csv"))
     scores[["tower", "system", "trained_on"]] = scores.system.str.split(" | ", regex=False, expand=True)
@@ -83,7 +83,7 @@ def whole_mean(values): return values.mean(skipna=False)
 
 def tables_follow_from_scores(out, systems=None):
     "cells.csv, and mean, deviation and minimum over generators in table.csv, from the scores alone."
-    scores = test_pictures(out)
+    scores = scored_pictures(out)
     anew = cells_of(scores[scores.system.isin(systems)] if systems else scores)
     cells = pd.read_csv(out/"cells.csv").set_index(["tower", "system", "trained_on", "generator", "metric"])
     np.testing.assert_allclose(cells.value.loc[anew.index], anew, atol=6e-5)
@@ -145,7 +145,7 @@ def test_differences_follow_from_scores(smoke):
 
 
 def test_false_positives_follow_from_scores(smoke):
-    real = test_pictures(smoke).query("label == 0").assign(flagged=lambda s: s.score >= .5)
+    real = scored_pictures(smoke).query("label == 0").assign(flagged=lambda s: s.score >= .5)
     anew = real.groupby(["tower", "system", "trained_on"]).flagged.mean()
     found = pd.read_csv(smoke/"false_positives.csv").set_index(["tower", "system", "trained_on"])
     np.testing.assert_allclose(found.flagged, anew[found.index], atol=1e-6)
@@ -154,7 +154,7 @@ def test_false_positives_follow_from_scores(smoke):
 
 def test_no_system_sees_other_training_images_than_another(smoke):
     "Each system has a score for every test image from every training set and seed."
-    scores = test_pictures(smoke)
+    scores = scored_pictures(smoke)
     assert scores.groupby(["tower", "system", "trained_on", "seed"]).path.nunique().nunique() == 1
     assert scores.groupby(["tower", "system"]).trained_on.nunique().eq(6).all()
 
@@ -163,9 +163,11 @@ def test_benchmark_with_published_numbers(tmp_path):
     "AIGIBench with all its test sets: the published table stands beside ours, and each generator has its own photographs."
     folders = both("train/car", "train/sdv1.4", "val/horse", *(f"test/{name}" for name in AIGIBENCH))
     root = build(tmp_path/"AIGIBench", *folders, files=[f"{i}.png" for i in range(4)])
-    out = study(tmp_path, root=str(root), systems="advanced,linear_probe", adapted=False, n_train=9, n_test=95, **SMALL)
+    out = study(tmp_path, root=str(root), systems="advanced,linear_probe", adapted=False, whole=True, **SMALL)
     table = tables_follow_from_scores(out)
     assert set(table.seen) == {"yes", "no"} and len(set(table.generator[table.seen.eq("no")])) == 24 + 2
+    scores = scored_pictures(out).query("system == 'advanced' and label == 0")
+    assert scores.groupby("source").path.nunique()[AIGIBENCH].eq(4).all()
     published = pd.read_csv(out/"published.csv")
     assert {"DGS-Net", "Effort", "advanced", "metadata"} <= set(published.system) and published.protocol.str.contains("25 test sets").all()
     ours = published[published.system.eq("advanced")].iloc[0]
@@ -183,9 +185,10 @@ def test_photographs_of_several_sources(tmp_path):
     found = pd.read_csv(out/"false_positives.csv")
     assert set(found.source) == {"imagenet", "laion"} and (out/"figures/false_positives.png").exists()
     assert "published" not in {p.stem for p in out.glob("*.csv")} and "None has this protocol" in (out/"generators.md").read_text()
-    scores = test_pictures(out)
+    scores = scored_pictures(out)
     own = scores[scores.system.eq("advanced") & scores.tower.eq("frozen") & scores.seed.eq(0)]
     with_imagenet = own[own.generator.eq("guided") | own.source.eq("imagenet")]
+    assert "photographs of their own" not in (out/"generators.md").read_text()
     cells = pd.read_csv(out/"cells.csv").query("system == 'advanced' and tower == 'frozen' and metric == 'auroc' and generator == 'guided'")
     assert abs(cells.value.iloc[0] - skm.roc_auc_score(with_imagenet.label, with_imagenet.score)) < 1e-4
 
@@ -206,7 +209,7 @@ def test_every_layout(tmp_path, monkeypatch, name):
     names = in_this_process(given)
     index = index_any(root, progress=False)
     assert names["layout"] == index.attrs["layout"] == name.split()[0]
-    scores, test = test_pictures(tmp_path/"out"), names["test"]
+    scores, test = scored_pictures(tmp_path/"out"), names["test"]
     assert set(scores.system) == {"spectrum_probe", "metadata"} and not scores.score.isna().any()
     own = {g: set(rows.path) for g, rows in pairs(test).items()}
     for g, (k, rows) in product(own, enumerate([names["own_rows"]])): assert set(test.path.iloc[rows[g]]) == own[g]
@@ -231,7 +234,7 @@ def test_wrong_parameters_are_refused(tmp_path, monkeypatch, wrong, said):
 def test_real_pictures(tmp_path):
     if not WILD.is_dir(): pytest.skip("the folder shared/wild with real pictures is not beside this checkout")
     out = study(tmp_path, preset="folder", root=str(WILD), seen="chatgpt-image,gemini-image", systems="advanced,no_projection,linear_probe",
-                adapted=False, n_train=30, n_test=15)
+                adapted=False)
     table = tables_follow_from_scores(out)
     assert set(table.seen) == {"yes", "no"} and "never seen a real photograph" in (out/"generators.md").read_text()
     null = table[table.system.eq("metadata") & table.metric.eq("auroc") & table.generator.eq("mean seen")]
