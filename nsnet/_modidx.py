@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nsnet.nullspace.project_span': ('nullspace.html#project_span', 'nsnet/nullspace.py')},
             'nsnet.patches': { 'nsnet.patches._assemble': ('patches.html#_assemble', 'nsnet/patches.py'),
                                'nsnet.patches._block_entropies': ('patches.html#_block_entropies', 'nsnet/patches.py'),
+                               'nsnet.patches._canvas_of': ('patches.html#_canvas_of', 'nsnet/patches.py'),
                                'nsnet.patches._chosen': ('patches.html#_chosen', 'nsnet/patches.py'),
                                'nsnet.patches._cut': ('patches.html#_cut', 'nsnet/patches.py'),
                                'nsnet.patches._entropies': ('patches.html#_entropies', 'nsnet/patches.py'),

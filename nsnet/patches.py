@@ -6,9 +6,10 @@
 __all__ = ['cut_patches', 'spectral_entropy', 'select_patches', 'select_patches_batch', 'draw_patches', 'select_patches_by',
            'select_patches_as_released', 'whole_image']
 
-# %% ../nbs/10_patches.ipynb #6c0c4913
+# %% ../nbs/10_patches.ipynb #7a3d161a
 import hashlib
 import sys
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -114,7 +115,7 @@ def _chosen(patches, entropy: np.ndarray, places: int) -> np.ndarray:
     if len(entropy) <= places: return np.resize(_ranked(_take(patches, np.arange(len(entropy)))), places)
     return np.concatenate([_extreme(patches, entropy, (places + 1)//2), _extreme(patches, entropy, places//2, -1)])
 
-# %% ../nbs/10_patches.ipynb #3e9886b8
+# %% ../nbs/10_patches.ipynb #3425aa88
 def _places(patch: int, canvas: int) -> int:
     "How many patches a canvas holds; ValueError when they do not fill it."
     if not canvas % patch: return (canvas//patch)**2
@@ -130,6 +131,12 @@ def _assemble(patches, canvas: int):
     n, m = patches.shape[1], canvas//patches.shape[1]
     return patches.reshape(m, m, n, n, 3).swapaxes(1, 2).reshape(canvas, canvas, 3)
 
+def _canvas_of(choose: Callable, image, patch: int, canvas: int, seed: int) -> np.ndarray:
+    "The canvas of the patches that a rule chooses; where there are fewer than places, they are repeated in its order."
+    places, patches = _places(patch, canvas), cut_patches(image, patch)
+    chosen = np.resize(choose(patches, spectral_entropy(patches), places), places)
+    return _assemble(patches[_shuffled(patches, chosen, seed, 0)], canvas)
+
 def select_patches(
     image,              # a PIL image, or (H, W, 3) uint8
     patch: int = 32,    # side of a patch, pixels; divides `canvas`
@@ -137,9 +144,7 @@ def select_patches(
     seed: int = 0,      # of the shuffle, together with the pixels of the chosen patches
 ) -> np.ndarray:        # (canvas, canvas, 3) uint8
     "The canvas: an image's most and least complex patches, shuffled; ValueError if it is smaller than a patch."
-    places, patches = _places(patch, canvas), cut_patches(image, patch)
-    chosen = _chosen(patches, spectral_entropy(patches), places)
-    return _assemble(patches[_shuffled(patches, chosen, seed, 0)], canvas)
+    return _canvas_of(_chosen, image, patch, canvas, seed)
 
 # %% ../nbs/10_patches.ipynb #f34477ab
 def _entropies_of_tensor(patches, eps: float = 1e-8):
@@ -186,7 +191,7 @@ def draw_patches(
         ax.add_patch(Rectangle(*frame, fill=False, lw=2.4, color="white"))
         ax.add_patch(Rectangle(*frame, fill=False, lw=1.3, color=color, ls=style))
 
-# %% ../nbs/10_patches.ipynb #d831e1bd
+# %% ../nbs/10_patches.ipynb #127419a9
 _RULES = {
     "highest": lambda patches, entropy, k: _extreme(patches, entropy, min(k, len(entropy))),
     "lowest": lambda patches, entropy, k: _extreme(patches, entropy, min(k, len(entropy)), -1),
@@ -201,9 +206,7 @@ def select_patches_by(
 ) -> np.ndarray:        # (canvas, canvas, 3) uint8
     "A canvas of patches chosen by another rule; ValueError for an unknown one, or an image smaller than a patch."
     if rule not in _RULES: raise ValueError(f"unknown rule {rule!r}: one of {', '.join(_RULES)}")
-    places, patches = _places(patch, canvas), cut_patches(image, patch)
-    chosen = np.resize(_RULES[rule](patches, spectral_entropy(patches), places), places)
-    return _assemble(patches[_shuffled(patches, chosen, seed, 0)], canvas)
+    return _canvas_of(_RULES[rule], image, patch, canvas, seed)
 
 # %% ../nbs/10_patches.ipynb #d3f1ccf1
 def select_patches_as_released(
