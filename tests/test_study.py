@@ -1,6 +1,5 @@
 "The main study as a user meets it: run twice, misspelt, on a folder of damaged files, on real pictures."
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from PIL import Image
 
 from nsnet.images import content_hash
 from nsnet.metrics import evaluate
-from nsnet.study import parameters_of, run_study
+from nsnet.study import parameters_of
+from studies import environment, run_in
 
 REPO = Path(__file__).resolve().parents[1]
 WILD = REPO.parent/"shared/wild"
@@ -22,21 +22,10 @@ FIGURES = {"spectrum", "patches", "training", "generators", "scores", "curves", 
 
 
 def study(folder, out="out", data="data", **params):
-    "Run the study with `folder` as current folder, outside of any checkout; seconds it took."
-    start, before = time.perf_counter(), Path.cwd()
-    os.chdir(folder)
-    try: run_study("table1", out=out, data=data, progress=False, **params)
-    finally: os.chdir(before)
+    "Run the study in a folder; seconds it took."
+    start = time.perf_counter()
+    run_in(folder, "table1", out, data, **params)
     return time.perf_counter() - start
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    "Kernels find this checkout and take one thread each."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

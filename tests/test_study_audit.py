@@ -1,6 +1,5 @@
 "The study of the released protocol: it runs on small and on odd collections, and its table follows from its scores."
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,12 @@ from nsnet.generators import index_mini
 from nsnet.metrics import point_metrics
 from nsnet.report import table
 from nsnet.study import run_study
+from studies import environment
 
 REPO = Path(__file__).resolve().parents[1]
 REPORT = REPO/"reports"/"audit"
 TABLES = {"protocol.csv", "protocol.md", "explained.csv", "verdicts.csv", "wilson.csv", "one_run.csv", "claims.md", "facts.csv", "scores.csv.gz", "run.json"}
 FIGURES = {"rank", "one_direction", "margin_canvases", "margins", "overlap", "epochs", "format", "two_hundred", "protocol"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    "Kernels find this checkout and take one thread each."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 def study(folder, out="out", **params):

@@ -1,5 +1,4 @@
 "Generators never seen: the study on the mini world, on trees of the field's layouts, on real pictures; its tables from its scores."
-import os
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from test_trees import PACKINGS, both, build
 
 from nsnet.benchmarks import index_any, pairs
 from nsnet.experiments import load_scores
-from nsnet.study import run_study
+from studies import environment, run_in
 
 REPO = Path(__file__).resolve().parents[1]
 WILD, REPORT = REPO.parent/"shared/wild", REPO/"reports/generators"
@@ -22,21 +21,9 @@ AIGIBENCH = ("ProGAN R3GAN StyleGAN3 StyleGAN-XL StyleSwim WFIR BlendFace E4S Fa
              "Midjourney-V6 SD3 SDXL BLIP Infinite-ID InstantID IP-Adapter PhotoMaker CommunityAI SocialRF").split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    "Kernels find this checkout and take one thread each."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
 def study(folder, **params):
-    "The report of a run with `folder` as current folder."
-    before = Path.cwd()
-    os.chdir(folder)
-    try: run_study("generators", out="out", data="data", progress=False, **params)
-    finally: os.chdir(before)
+    "The report of a run in a folder."
+    run_in(folder, "generators", **params)
     assert FILES <= {p.name for p in (folder/"out").iterdir()} and list((folder/"out/figures").glob("*.png"))
     return folder/"out"
 

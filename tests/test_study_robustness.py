@@ -1,6 +1,5 @@
 "Pictures as they travel: run, interrupted and run again, refused, beside table1, and its tables recomputed from the scores."
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
+from studies import environment, run_in
 
-from nsnet.study import run_study
 
 REPO = Path(__file__).resolve().parents[1]
 REPORT = REPO/"reports/robustness"
@@ -18,21 +17,8 @@ CHEAP = dict(systems="linear_probe,spectrum_probe", transforms="jpeg 50", alike=
 
 
 def study(folder, out="out", data="data", name="robustness", **params):
-    "Run a study with `folder` as current folder, outside of any checkout; what it wrote."
-    before = Path.cwd()
-    os.chdir(folder)
-    try: run_study(name, out=out, data=data, progress=False, **params)
-    finally: os.chdir(before)
-    return folder/out
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    "Kernels find this checkout and take one thread each."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+    "Run a study in a folder; what it wrote."
+    return run_in(folder, name, out, data, **params)
 
 
 @pytest.fixture(scope="module")
