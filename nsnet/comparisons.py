@@ -30,7 +30,7 @@ def against(
     turned = -found[["difference", *seeds, "image_high", "image_low", "seed_high", "seed_low"]]
     return found.assign(a=found.b, b=found.a, **dict(zip(["difference", *seeds, *_ENDS], turned.to_numpy().T)))
 
-# %% ../nbs/27_comparisons.ipynb #4d3ffaaf
+# %% ../nbs/27_comparisons.ipynb #1dda48a3
 _BETTER, _WORSE, _OPEN = "#0072B2", "#D55E00", "#8c8c8c"
 
 def _draw_difference(axis, i: int, row: dict, points: np.ndarray) -> None:
@@ -47,7 +47,6 @@ def fig_differences(
     title: str,
     metric: str = "auroc",
     groups: dict | None = None,     # heading -> variants below it; None: all in one
-    names: dict | None = None,      # what variants are called in the figure
 ): # Figure
     "Every variant minus the reference, a row each and a panel for each test."
     columns, groups = list(columns), groups or {"": list(found.a.unique())}
@@ -61,7 +60,7 @@ def fig_differences(
                 _draw_difference(axis, i, own.loc[variant].to_dict(), points.loc[variant].to_numpy())
             axis.axvline(0, **_LINE)
             axis.set(title=test, xlabel=f"{metric.upper()} minus that of {found.b.iloc[0]}", ylim=(len(rows) - .4, -.6))
-        axes[0, 0].set_yticks(range(len(rows)), [(names or {}).get(v, v) if v else head for head, v in rows])
+        axes[0, 0].set_yticks(range(len(rows)), [v or head for head, v in rows])
         for label, (head, _) in zip(axes[0, 0].get_yticklabels(), rows): label.set(fontweight="bold" if head else None)
         key = "coloured: both 95 % intervals off zero after Holm's correction; thick over test images, thin over seeds"
         fig.suptitle(fill(title, 32*len(columns) + 20) + "\n" + fill(key, 32*len(columns) + 20), fontsize=9)
@@ -96,32 +95,30 @@ def fig_sweep(
         fig.suptitle(fill(title, 34*len(tables) + 20), fontsize=9)
     return fig
 
-# %% ../nbs/27_comparisons.ipynb #cb2c2e64
+# %% ../nbs/27_comparisons.ipynb #1207020a
 def fig_matrix(
     tables: dict[str, pd.DataFrame],  # title of a panel -> columns row, column, value, low, high
     title: str,
     rows: str = "trained on",
-    columns: str = "tested on",
-    limits: tuple[float, float] = (.5, 1),  # of the colours
 ): # Figure
-    "A heat map for each panel, with the value and its interval in each cell."
+    "A heat map of figures from 0.5 to 1 for each panel, with the value and its interval in each cell."
     size = max(table.row.nunique() for table in tables.values())
     wide = max(table.column.nunique() for table in tables.values())
     with figure(1, len(tables), (len(tables)*(.72*wide + .5) + 1.2, .5*size + 1.3), sharey=True) as (fig, axes):
         for axis, (head, table) in zip(axes[0], tables.items()):
             across, down = (list(dict.fromkeys(table[name])) for name in ("column", "row"))
             shown = table.pivot(index="row", columns="column", values="value").loc[down, across]
-            drawn = axis.imshow(shown, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+            drawn = axis.imshow(shown, cmap="cividis", vmin=.5, vmax=1, aspect="auto")
             for cell in table.to_dict("records"):
                 x, y = across.index(cell["column"]), down.index(cell["row"])
-                ink = "white" if cell["value"] < (2*limits[0] + 3*limits[1])/5 else "black"
+                ink = "white" if cell["value"] < .8 else "black"
                 ends, options = f"{cell['low']:.2f}–{cell['high']:.2f}", dict(ha="center", va="center", color=ink)
                 axis.text(x, y - .12, f"{cell['value']:.2f}", fontsize=8, **options)
                 axis.text(x, y + .24, ends, fontsize=5.5, **options)
                 if cell["row"] == cell["column"]: axis.add_patch(_frame(x, y))
             axis.set_xticks(range(len(across)), across, rotation=30, ha="right")
             axis.set_yticks(range(len(down)), down)
-            axis.set(title=head, xlabel=columns)
+            axis.set(title=head, xlabel="tested on")
             axis.grid(False)
         axes[0, 0].set_ylabel(rows)
         fig.colorbar(drawn, ax=axes[0, -1], shrink=.8)
