@@ -126,7 +126,7 @@ def confounded(
             used[rng.permutation(no)[:n - round(share*n)]] = True
     return used
 
-# %% ../nbs/26_experiments.ipynb #743ecad1
+# %% ../nbs/26_experiments.ipynb #9918598a
 @dataclass
 class Trial:
     "One training run of an experiment."
@@ -137,6 +137,7 @@ class Trial:
     swap: np.ndarray | None = None       # (n_test,) whose caption each test image gets the second time
     words: dict[str, pd.DataFrame] | None = None  # train, test -> words of images, by position in the split: for probes
 
+# %% ../nbs/26_experiments.ipynb #e38443c4
 def _embedded(net: torch.nn.Module, part: Part, rows: np.ndarray) -> dict[str, np.ndarray]:
     "The embeddings that probes read, of some images."
     rows = torch.tensor(rows)
@@ -152,6 +153,7 @@ def _probed(net: torch.nn.Module, parts: dict[str, Part], words: dict[str, pd.Da
         found[f"caption from {name}"] = predictability(X[name], X["v"], X_test[name], X_test["v"])
     return found
 
+# %% ../nbs/26_experiments.ipynb #c0ee6953
 def _without_tower(net: torch.nn.Module, out, v: Tensor) -> Tensor:
     "The logits for other captions, from the image embeddings of a first pass."
     if not isinstance(net, NSNet): return out.logits

@@ -38,7 +38,7 @@ def _file_facts(index, root):
     facts["bytes_per_pixel"] = facts.bytes/facts.pixels
     return facts
 
-# %% ../nbs/06_formats.ipynb #d98b6a36
+# %% ../nbs/06_formats.ipynb #c80f2226
 def _as_score(values, label):
     "A feature as a score; categories become their share of generated images, the rare ones taken together."
     if values.dtype.kind in "if": return values
@@ -51,6 +51,7 @@ def _typical(values):
     if values.dtype.kind in "if": return f"{values.median():,.{0 if values.median() > 1000 else 3}f}"
     return f"{values.mode()[0]} ({values.eq(values.mode()[0]).mean():.0%})"
 
+# %% ../nbs/06_formats.ipynb #c76f2258
 def format_report(
     index: pd.DataFrame,     # an index
     root: str | Path = ".",  # folder that the paths start from
