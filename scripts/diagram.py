@@ -73,7 +73,7 @@ def draw():
         box(860, 192, 90, "head", "f, eq. 17", "15_model", LEARN), arrow((825, 225), (858, 225), name="ũ", at=(840, 216)),
         box(980, 192, 88, "logit", "p(generated)", "19_inference", LEARN), arrow((950, 225), (978, 225), name="f", at=(963, 216)),
         # the losses
-        label(1024, 38, "three losses", 14, GREY, "bold"), label(1024, 56, "14_losses, 22_training", 11, GREY),
+        label(1024, 38, "three losses", 14, GREY, "bold"), label(1024, 56, "14_losses, 23_training", 11, GREY),
         arrow((790, 85), (846, 85), dashed=True, colour=GREY), label(850, 81, "alignment: m near u", 12, GREY, anchor="start"),
         label(850, 96, "β, eq. 20", 12, GREY, anchor="start"),
         arrow((905, 258), (905, 306), dashed=True, colour=GREY), label(905, 322, "contrastive", 12, GREY), label(905, 337, "eq. 18", 12, GREY),

@@ -1,4 +1,4 @@
-"The script that 22_training shows for several GPUs, run as it stands by `accelerate launch`, on a CPU and with a smaller preset."
+"The script that 23_training shows for several GPUs, run as it stands by `accelerate launch`, on a CPU and with a smaller preset."
 import os
 import re
 import subprocess
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 def test_script_for_several_gpus(tmp_path):
     "Two processes caption, train and score together; one process finds everything done, and the scores are its own."
-    notebook = nbformat.read(REPO/"nbs/22_training.ipynb", 4)
+    notebook = nbformat.read(REPO/"nbs/23_training.ipynb", 4)
     source = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     script = re.search(r"```python\n(.*?)```", source, re.S)[1]
     script = script.replace('preset("dalle")', 'preset("smoke")').replace("PartialState()", "PartialState(cpu=True)")
