@@ -22,7 +22,7 @@ _RANGES = {name: ends for names, ends in {               # both ends included
     "lora_rank lora_alpha lora_blocks": (0, 4096), "null_rank patch canvas side": (1, 4096), "quality": (1, 100),
     "directions": (1, 64),
     "epochs": (1, 10**4), "batch_size gradient_accumulation": (1, 2**16), "n_train n_test": (1, 10**7),
-    "seed": (0, 2**32 - 1)}.items() for name in names.split()}
+    "seed": (0, 2**32 - 1), "threshold unsure": (0, 1.001)}.items() for name in names.split()}
 
 def _quoted(value: Any) -> str:
     "How a value reads in a message: in one line of about 60 characters."

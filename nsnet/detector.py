@@ -5,158 +5,104 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/22_detector.ipynb #bc3d04a0
+# %% ../nbs/22_detector.ipynb #4cbc4336
 import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
 
-import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from PIL import Image
 
-from .captions import _KNOWN, _worded, load_captioner
-from .clip import Backbone, check_canvas, inference_batch_size, load_backbone, text_features
-from .config import PreprocessConfig, Recipe, _converted
+from .captions import _KNOWN
+from .clip import Backbone, check_canvas, load_backbone
+from .config import RECIPES, PreprocessConfig, Recipe, _converted
+from .config import recipe as recipe_named
 from .explain import fig_explanation
 from .images import ImageError, _opened, atomic_write
-from .index import list_images
-from .inference import (_config_key, _expected_kinds, _probability, _refuse_other, build_network, load_trained_state,
-                             load_weights, network_inputs, predict, preprocess, save_weights, trained_state)
+from .inference import (_config_key, _expected_kinds, _refuse_other, build_network, load_trained_state, load_weights,
+                             save_weights, trained_state, verdicts)
+from .metrics import evaluate
 from .model import NSNet, NSNetOutput
-from .storage import Records, _require, asset, fingerprint, open_collection, refuse_if_mostly_rejected
+from .scoring import (_SHOWN, _answer, _captioned, _rows, _scored, _seen, _stream, _table, score_to_file)
+from .storage import asset, fingerprint, refuse_if_mostly_rejected
 
-# %% ../nbs/22_detector.ipynb #ccbe9c44
+# %% ../nbs/22_detector.ipynb #b61af610
 @dataclass(frozen=True)
 class Score:
     "What a detector says of one picture."
-    probability: float  # of being generated, in [0, 1]
-    generated: bool     # whether it reaches the threshold
-    threshold: float
-    caption: str        # what the picture shows; "" where the system does not look at it
-    system: str         # the recipe's name
+    score: float                  # compared with threshold and band, in [0, 1]
+    probability: float            # of being generated, at the prevalence that was asked for
+    verdict: str                  # "real", "unsure" or "generated"
+    threshold: float              # the best single cut on validation images
+    unsure: tuple[float, float]   # the band around it
+    caption: str                  # what the picture shows; "" where the system does not look at it
+    caption_from: str             # "captioner", "given" or "none"
+    system: str                   # the recipe's name
+
+    @property
+    def generated(self) -> bool: return self.score >= self.threshold   # a decision without a band
 
     def __repr__(self) -> str:
-        said = f", captioned “{self.caption}”"*bool(self.caption)
-        found = "AI-generated: probability {:.3f} reaches the threshold {:.3f}" if self.generated else (
-            "Not flagged, which is no proof that it is real: probability {:.3f} is below the threshold {:.3f}")
-        return found.format(self.probability, self.threshold) + f" ({self.system}{said})"
+        low, high = self.unsure
+        said = {"generated": f"AI-generated: score {self.score:.3f} reaches {high:.3f}", "unsure":
+                f"Unsure: score {self.score:.3f} lies between {low:.3f} and {high:.3f}", "real":
+                f"Not flagged, which is no proof that it is real: score {self.score:.3f} is below {low:.3f}"}
+        about = f", captioned “{self.caption}”"*bool(self.caption)
+        return f"{said[self.verdict]} (threshold {self.threshold:.3f}, {self.system}{about})"
 
-# %% ../nbs/22_detector.ipynb #d786b487
-def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> pd.DataFrame:
-    "Rows with path, source, caption (perhaps empty), key (content or position, and caption). ValueError for no image."
-    if isinstance(images, (str, Path)) and Path(images).is_dir():
-        root, images = images, pd.DataFrame(dict(path=list_images(images)))
-        if not len(images): raise ValueError(f"{root}: no images in this folder")
-    elif isinstance(images, (str, Path, Image.Image, np.ndarray)) and getattr(images, "ndim", 2) in (2, 3):
-        images = [images]
-    if not hasattr(images, "__iter__"): raise ValueError(
-        f"images, paths, a folder or an index are expected, not {type(images).__name__}")
-    if not isinstance(images, pd.DataFrame):
-        images = pd.DataFrame(dict(source=pd.Series(list(images), dtype=object)))
-        images["path"] = [str(x) if isinstance(x, (str, Path)) else f"image {i}" for i, x in enumerate(images.source)]
-        if not len(images): raise ValueError("there is no image in an empty list")
-    else: images = _require(images, "path").assign(source=[Path(root)/p for p in images.path])
-    if captions is None: captions = images.caption if "caption" in images else [""]*len(images)
-    captions = _worded([captions] if isinstance(captions, str) else captions)
-    if len(captions) != len(images): raise ValueError(f"{len(captions)} captions for {len(images)} images")
-    keys = [f"{a} {b}".strip() for a, b in zip(images.get("sha256", range(len(images))), captions)]
-    return images.assign(caption=captions, key=keys).reset_index(drop=True)
+# %% ../nbs/22_detector.ipynb #efcefadf
+_FORMAT = 1                # of a saved configuration
+_KINDS = dict(format=int, threshold=float, unsure=tuple[float, float], captioner=str, trained_on=str | None,
+              backbone=str, backbone_weights=str, embed_dim=int)
 
-# %% ../nbs/22_detector.ipynb #83b94a72
-def _seen(row: tuple, config: PreprocessConfig, to_caption: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    "What the network sees of a picture, and a copy of at most 512 pixels where the caption is missing."
-    source, caption = row
-    image = _opened(source)
-    array = preprocess(image, config)
-    if caption or not to_caption: return array, None
-    image.thumbnail((512, 512))
-    return array, np.asarray(image)
-
-_captioner, _TURN = lru_cache(1)(load_captioner), Lock()
-
-def _captioned(detector, captions: list[str], small: list) -> list[str]:
-    "The captions, with the missing ones described together from the small pictures."
-    todo = [Image.fromarray(image) for image in small if image is not None]
-    with _TURN: said = iter(_captioner(detector.captioner, detector.backbone.device).generate(todo) if todo else ())
-    return [caption if image is None else next(said) for caption, image in zip(captions, small)]
-
-# %% ../nbs/22_detector.ipynb #2cb08cc5
-def _stream(detector, rows: pd.DataFrame, batch_size: int | None = None, progress: bool = False):
-    "For every batch: usable rows with captions; the network's outputs, None for no row; (path, reason) of the rest."
-    look = partial(_seen, config=detector.preprocess, to_caption=detector.needs_captions)
-    sources, size = list(zip(rows.source, rows.caption)), inference_batch_size(detector.backbone.model, batch_size)
-    files = [id(getattr(x, "fp", None) or x) for x in rows.source if isinstance(x, Image.Image)]
-    workers = 0 if len(set(files)) < len(files) else None      # one open file has one place for all processes
-    for opened, rejected in open_collection(sources, look, list(rows.path), size, "scoring", progress, workers):
-        found, out = rows.iloc[[i for i, _ in opened]], None
-        if opened:
-            arrays, small = zip(*(seen for _, seen in opened))
-            found = found.assign(caption=_captioned(detector, list(found.caption), small))
-            out = _answer(detector, np.stack(arrays), list(found.caption), batch_size)
-        yield found, out, rejected
-
-def _answer(detector, arrays: np.ndarray, captions: list[str], batch_size: int | None = None) -> NSNetOutput:
-    "The network's outputs for preprocessed pictures, in order, on the CPU."
-    backbone = detector.backbone
-    x = network_inputs(arrays, None, detector.recipe, detector.preprocess, backbone, progress=False)
-    v = torch.zeros(len(x), backbone.embed_dim)
-    if detector.needs_captions:
-        with _TURN: v = text_features(backbone, captions, progress=False)
-    out = predict(detector.net, x, v, batch_size)
-    _probability(out.logits)                                  # refuses NaN
-    return out
-
-# %% ../nbs/22_detector.ipynb #82105278
-def _score_rows(detector, rows: pd.DataFrame, store: Records, batch_size: int | None = None, progress: bool = False,
-                rank: int = 0, ranks: int = 1) -> pd.DataFrame:
-    "path, score, caption, and label where known, of the usable rows; (path, reason) of the rest in attrs['rejected']."
-    mark, rejected = detector.fingerprint() if store.path else None, []
-    good = [r for r in store.rows if isinstance(r.get("score"), float) and isinstance(r.get("caption"), str)]
-    known = {str(r.get("key")): r for r in good if r.get("detector") == mark and 0 <= r["score"] <= 1}
-    size = inference_batch_size(detector.backbone.model, batch_size)
-    batches = [rows[i:i + size] for i in range(0, len(rows), size)][rank::ranks]
-    missing = [batch for batch in batches if not all(key in known for key in batch.key)]
-    for found, out, bad in _stream(detector, pd.concat(missing), batch_size, progress) if missing else ():
-        rejected += bad
-        scores = [] if out is None else _probability(out.logits).tolist()
-        new = [dict(detector=mark, key=k, score=s, caption=c) for k, s, c in zip(found.key, scores, found.caption)]
-        store.append(new)
-        known |= {r["key"]: r for r in new}
-    rows = rows[[key in known for key in rows.key]].reset_index(drop=True)
-    said = {c: [known[key][c] for key in rows.key] for c in ("score", "caption")}
-    scored = pd.DataFrame(dict(path=rows.path, **said, **rows.filter(["label"])))
-    scored.attrs["rejected"] = rejected
-    return scored
-
-# %% ../nbs/22_detector.ipynb #4221cc2b
-_KINDS = dict(threshold=float, captioner=str, trained_on=str | None, backbone=str, backbone_weights=str, embed_dim=int)
+def _configuration(detector) -> dict:
+    "What belongs to the weights of a detector, as plain data."
+    config = {name: getattr(detector, name) for name in ("threshold", "unsure", "captioner", "trained_on")}
+    config |= {name: asdict(getattr(detector, name)) for name in ("recipe", "preprocess")}
+    clip = detector.backbone
+    return config | dict(format=_FORMAT, backbone=clip.name, backbone_weights=clip.weights, embed_dim=clip.embed_dim)
 
 def _write(detector, folder: Path) -> None:
-    "Write model.safetensors and config.json; a card of another detector goes, an edited one of this detector stays."
-    config = {name: getattr(detector, name) for name in ("threshold", "captioner", "trained_on")}
-    config |= {name: asdict(getattr(detector, name)) for name in ("recipe", "preprocess")}
-    clip, card = detector.backbone, folder/"README.md"
-    config |= dict(backbone=clip.name, backbone_weights=clip.weights, embed_dim=clip.embed_dim)
+    "Write model.safetensors, config.json, tested.csv; another detector's card goes, an edited one of this one stays."
+    config, card = _configuration(detector), folder/"README.md"
     save_weights(folder/"model.safetensors", trained_state(detector.net), config)
+    tested = folder/"tested.csv"
+    if detector.tested is None: tested.unlink(missing_ok=True)
+    else:
+        with atomic_write(tested) as file: detector.tested.to_csv(file, index=False, lineterminator="\n")
     with atomic_write(folder/"config.json") as file: file.write_text(json.dumps(config, indent=1) + "\n")
     old = card.read_text(encoding="utf-8") if card.exists() else ""
     if "library_name: nsnet" in old and detector.fingerprint() not in old: card.unlink()
 
-# %% ../nbs/22_detector.ipynb #ce7ba165
+# %% ../nbs/22_detector.ipynb #06e475e6
+def _band(unsure: tuple, threshold: float) -> tuple[float, float]:
+    "The band around a threshold. Raises ValueError unless it is one."
+    if len(unsure) == 2 and 0 <= unsure[0] <= threshold <= unsure[1] < 1.001: return tuple(map(float, unsure))
+    raise ValueError(f"unsure={unsure}: two numbers from 0 to 1, around the threshold {threshold}, are expected")
+
 def _facts(config: dict, backbone, captioner, trust: bool) -> tuple[dict, Recipe, PreprocessConfig]:
     "The configuration in its types. Raises ValueError for a wrong field, and for a model that nobody has vouched for."
+    if isinstance(config.get("format"), int) and config["format"] > _FORMAT:
+        raise ValueError(f"written by a newer nsnet (format {config['format']}): pip install --upgrade nsnet")
     if odd := config.keys() ^ {*_KINDS, "recipe", "preprocess"}: raise ValueError(f"unknown or missing: {sorted(odd)}")
     said = {name: _converted(name, config[name], kind) for name, kind in _KINDS.items()}
+    _band(said["unsure"], said["threshold"])
     safe = dict(backbone=backbone or ":" not in said["backbone"], captioner=captioner or said["captioner"] in _KNOWN)
     for what in safe:                          # of the other backbones, load_backbone takes only open_clip's own
         if not (trust or safe[what]): raise ValueError(f"it names the {what} {said[what]!r:.80}, which could bring its "
                                                        f"own code: pass {what}=…, or trust=True if you trust its maker")
     return said, Recipe(**config["recipe"]), PreprocessConfig(**config["preprocess"])
+
+def _tested(file: Path) -> pd.DataFrame | None:
+    "Generator, label and score of test images, from a CSV; None where there is none. ValueError for anything else."
+    if not file.exists(): return None
+    try:
+        table = pd.read_csv(file, keep_default_na=False)[["generator", "label", "score"]].astype(dict(generator=str))
+        if table.label.isin([0, 1]).all() and table.score.between(0, 1).all(): return table
+    except Exception: pass
+    raise ValueError(f"{file} is no table of generator, label (0, 1) and score (0 to 1): delete it")
 
 def _loaded(folder: Path, backbone=None, device=None, captioner=None, trust: bool = False) -> tuple:
     "The arguments of `Detector`, from a folder. Raises ValueError that begins with the file's name."
@@ -171,7 +117,8 @@ def _loaded(folder: Path, backbone=None, device=None, captioner=None, trust: boo
         _refuse_other(_expected_kinds(recipe, clip), kinds)      # before anything is allocated
         net = build_network(recipe, clip, P=torch.zeros(clip.embed_dim, clip.embed_dim))
         load_trained_state(net, load_weights(file)[0])
-        return recipe, seen, clip, net, said["threshold"], captioner or said["captioner"], said["trained_on"]
+        return (recipe, seen, clip, net, said["threshold"], captioner or said["captioner"], said["trained_on"],
+                said["unsure"], _tested(folder/"tested.csv"))
     except (KeyError, TypeError, ValueError) as error: why = " ".join(str(error).split())[:500]
     raise ValueError(why if str(file) in why else f"{file} does not fit this backbone or version of nsnet: {why}")
 
@@ -179,33 +126,57 @@ def _located(source: str | Path, download: dict) -> Path:
     "The folder of a saved detector. Raises ValueError for a repository that cannot be fetched."
     if str(source) == "mini": return asset("detector")
     if Path(source).is_dir(): return Path(source)
-    try: return Path(snapshot_download(str(source), allow_patterns=["model.safetensors", "config.json"], **download))
+    try: return Path(snapshot_download(str(source), allow_patterns=["model.safetensors", "tested.csv"], **download))
     except Exception as error: why = type(error).__name__
     raise ValueError(f"{source}: neither a folder nor a repository that can be fetched ({why})")
 
-# %% ../nbs/22_detector.ipynb #7269e4d8
+# %% ../nbs/22_detector.ipynb #8f61b01c
+def _measured(detector) -> str:
+    "A Markdown table of AUROC and accuracy for each generator, with 95 % intervals over the images."
+    tested = detector.tested
+    if tested is None: return "Nothing is recorded."
+    rows, real = ["| generator | AUROC | accuracy at the threshold | unsure |", "|---|---|---|---|"], tested.label.eq(0)
+    for generator in tested.generator[~real].unique():
+        own = tested[real | tested.generator.eq(generator)]
+        found, said = evaluate(own.label, own.score, detector.threshold), verdicts(own.score, detector.unsure)
+        cells = ["{0:.3f} [{1:.3f}, {2:.3f}]".format(*(found[name + end] for end in ("", "_low", "_high")))
+                 for name in ("auroc", "accuracy")]
+        rows.append(f"| {generator} | {' | '.join(cells)} | {(said == 'unsure').mean():.1%} |")
+    counts = f"{real.sum()} photographs and {(~real).sum()} generated images that were not trained on"
+    return "\n".join(rows) + f"\n\nOn {counts}; [ ]: 95 % bootstrap interval over images."
+
 _MODEL_CARD = """---
 {{ card_data }}
 ---
 # {{ detector.recipe.name }}: is a picture AI-generated?
 A detector made with the Python package `nsnet`, which explains and implements *Advanced NS-Net*.
-
-- trained on: {{ detector.trained_on or "not recorded" }}
-- models: CLIP {{ detector.backbone.name }}, captioner {{ detector.captioner }}
-- threshold: {{ "%.4f" | format(detector.threshold) }}; measured: {{ measured }}
-- fingerprint: {{ detector.fingerprint() }}
+{{ note }}
+## Use
+`pip install nsnet`, then
 ```python
 from nsnet import Detector
 detector = Detector.from_pretrained("{{ source }}")
 print(detector("photo.jpg"))
 ```
+or `nsnet score photo.jpg --model {{ source }}` in a shell.
+## Recipe and data
+- recipe: `{{ detector.recipe.name }}`{% for name, value in changed.items() %}, {{ name }} {{ value }}{% endfor %}
+- trained on: {{ detector.trained_on or "not recorded" }}
+- models: CLIP {{ detector.backbone.name }}, captioner {{ detector.captioner if detector.needs_captions else "none" }}
+- threshold: {{ "%.4f" | format(detector.threshold) }}; unsure from {{ "%.4f" | format(detector.unsure[0]) }} to \
+{{ "%.4f" | format(detector.unsure[1]) }}: at most one in twenty of either label lay on the wrong side
+- fingerprint: {{ detector.fingerprint() }}
+## Measured
+{{ measured }}
+## Limits
 **Below the threshold is not proof that a picture is real.** The detector only finds traces that it knows.
 Generators and cameras that it was not trained on may score either way; so may resized or recompressed pictures.
-The probability is not calibrated for the share of generated pictures among yours.
+Scores are calibrated for equal numbers of real and generated pictures; pass `prevalence` where yours are not.
+Do not decide about a person by a score alone.
 """
 
-# %% ../nbs/22_detector.ipynb #8b61a012
-class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification",
+# %% ../nbs/22_detector.ipynb #f2393d7d
+class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification", license="apache-2.0",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
     _hub_mixin_config = {}  # else the mixin makes a configuration of its own, with a copy of the backbone in it
@@ -219,11 +190,14 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         threshold: float = .5,          # scores at or above it count as generated
         captioner: str = "mini",        # describes pictures without a caption, see `load_captioner`
         trained_on: str | None = None,  # a few words for the model card
+        unsure: tuple[float, float] | None = None,  # low, high, see `unsure_band`; None: no band, the threshold alone
+        tested: pd.DataFrame | None = None,         # generator, label, score of test images, for card and page
     ):
         if not 0 <= threshold < 1.001: raise ValueError(f"threshold={threshold}: a number from 0 to 1 is expected")
+        self.unsure = _band(unsure or (threshold, threshold), threshold)
         self.recipe, self.preprocess, self.backbone = recipe, preprocess, backbone
         self.net, self.threshold = net.to(backbone.device).eval(), float(threshold)
-        self.captioner, self.trained_on = captioner, trained_on
+        self.captioner, self.trained_on, self.tested = captioner, trained_on, tested
         self.needs_captions = isinstance(net, NSNet) and net.reads_captions
 
     def __repr__(self) -> str:
@@ -246,9 +220,12 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         "Save to the repository OWNER/NAME; options as for `ModelHubMixin.push_to_hub`. Returns the address."
         return super().push_to_hub(repo_id, **dict(model_card_kwargs=dict(source=repo_id)) | options)
 
-    def generate_model_card(self, source: str = ".", measured: str = "nothing recorded"):
-        "The model card; `source` is what its example loads, by default the card's own folder; `measured`: its figures."
-        return super().generate_model_card(detector=self, source=source, measured=measured)
+    def generate_model_card(self, source: str = ".", note: str = ""):
+        "The model card; `source` is what its example loads, by default the card's own folder; `note`: further words."
+        base, own = asdict(recipe_named(self.recipe.name)) if self.recipe.name in RECIPES else {}, asdict(self.recipe)
+        changed = {name: value for name, value in own.items() if value != base.get(name)}
+        said = dict(source=source, note=note, changed=changed, measured=_measured(self))
+        return super().generate_model_card(detector=self, **said)
 
     def fingerprint(self) -> str:
         "Sixteen digits that depend on everything a score depends on."
@@ -263,38 +240,43 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
     def __call__(self, image, caption: str | None = None) -> Score:
         "Score a path, a PIL image or an array (H, W, 3) uint8. Raises ValueError when it cannot be used."
         row = self.score([image], None if caption is None else [caption]).iloc[0]
-        return Score(float(row.score), bool(row.generated), self.threshold, row.caption, self.recipe.name)
+        return Score(float(row.score), float(row.probability), str(row.verdict), self.threshold, self.unsure,
+                     row.caption, row.caption_from, self.recipe.name)
 
     def score(self,
         images,                             # one or many: paths, PIL images, arrays; a folder; or an index
-        captions: list[str] | None = None,  # one each; None: those of the index, or what the captioner says
+        captions: list[str] | None = None,  # one each, or one for all; None: those of the index, or the captioner's
         root: str | Path = ".",             # folder that an index's paths start from
         batch_size: int | None = None,      # images at a time; None: see `clip.inference_batch_size`
         progress: bool = False,             # show a bar
-        store: str | Path | None = None,    # file of scores by content, for an index
-        rank: int | None = None,            # of several processes: score this one's batches only, beside the store
+        prevalence: float = .5,             # share of generated images that is expected, for the probabilities
+        out: str | Path | None = None,      # .csv or .parquet to write row by row and to resume; None: return a table
+        rank: int | None = None,            # of several processes: score this one's part for `out`; then call without
         ranks: int = 1,                     # how many processes there are
-    ) -> pd.DataFrame | None:               # path, score, generated, caption, and label where known; None with a rank
-        "Score images; what cannot be used is in `attrs['rejected']` as (path, reason). ValueError when most cannot."
-        rows = _rows(images, captions, root)
-        if store and "sha256" not in rows: raise ValueError("a store keeps scores by content: it needs sha256")
-        found = _score_rows(self, rows, Records(store, rank), batch_size, progress, rank or 0, ranks)
-        if rank is not None: return None
-        refuse_if_mostly_rejected(found.attrs["rejected"], len(rows), root if hasattr(images, "columns") else None)
-        found.insert(2, "generated", found.score >= self.threshold)
+    ) -> pd.DataFrame | Path | None:        # see `read_scores`; the table has no rejected images, and label where known
+        "Score images; those that cannot be used are rows of `out`, or in `attrs['rejected']`. ValueError for most."
+        rows, options = _rows(images, captions, root), (batch_size, progress, prevalence)
+        if out is not None: return score_to_file(self, rows, out, *options, rank, ranks)
+        if rank is not None: raise ValueError("several processes can only share a file: give its name as out")
+        records = [record for batch in _scored(self, rows, *options[:2]) for record in batch]
+        table, shown = _table(self, records, prevalence), _SHOWN + ["label"]*("label" in rows)
+        rejected = [(row.path, row.reason) for row in table[table.reason.ne("")].itertuples()]
+        refuse_if_mostly_rejected(rejected, len(rows), root if hasattr(images, "columns") else None)
+        found = table[table.reason.eq("")][shown].reset_index(drop=True)
+        found.attrs["rejected"] = rejected
         return found
 
     def embed(self, images, captions: list[str] | None = None, root: str | Path = ".") -> NSNetOutput:
         "The network's outputs for images as in `score`. ValueError for a probe and for an image that cannot be used."
         if not isinstance(self.net, NSNet): raise ValueError(f"{self.recipe.name} is a probe: it has no embeddings")
         _, outs, rejected = zip(*_stream(self, _rows(images, captions, root)))
-        for bad in sum(rejected, []): raise ImageError(*bad)
+        for bad in pd.concat(rejected).itertuples(): raise ImageError(bad.path, bad.reason)
         return NSNetOutput(*(None if part[0] is None else torch.cat(part) for part in zip(*outs)))
 
     def explain(self, image, caption: str | None = None):
         "A figure: the patches, the canvas, what each place of it adds to the logit. ValueError without a canvas."
         if self.preprocess.kind == "spectrum": raise ValueError(f"{self.recipe.name} has no canvas to explain")
-        canvas, small = _seen((image, caption), self.preprocess, self.needs_captions)
+        canvas, small, _ = _seen((image, caption), self.preprocess, self.needs_captions)
         [said] = _captioned(self, [caption or ""], [small])
         def outputs(canvases): return _answer(self, canvases, [said]*len(canvases))
         return fig_explanation(_opened(image), canvas, outputs, self.preprocess, said, self.threshold)

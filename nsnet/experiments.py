@@ -170,7 +170,7 @@ def run_trial(
     with warnings.catch_warnings(action="ignore"):
         net, _ = _learned(trial.recipe, parts, backbone, trial.seed, "", progress=False)
     val, test = parts["val"], parts["test"]
-    threshold, _ = calibrate(net, val.x, val.v, val.y.numpy())
+    threshold, *_ = calibrate(net, val.x, val.v, val.y.numpy())
     out = predict(net, test.x, test.v)
     found = dict(threshold=threshold, score=_probability(out.logits).tolist())
     if trial.swap is not None: found["swapped"] = _probability(_without_tower(net, out, test.v[trial.swap])).tolist()

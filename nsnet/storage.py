@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'Records', 'Tensors', 'open_collection', 'refuse_if_mostly_rejected', 'asset']
 
-# %% ../nbs/02_storage.ipynb #7f3263ae
+# %% ../nbs/02_storage.ipynb #6b6bc825
 import ctypes
 import dataclasses
 import hashlib
@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import resources
 from pathlib import Path
@@ -66,19 +66,27 @@ def fingerprint(
     "A name that depends on the content of things and on nothing else. Raises TypeError for what has no fixed content."
     return hashlib.sha256(json.dumps(_content(things), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/02_storage.ipynb #2534008f
-def _read(path: Path) -> list[dict]:
-    "The records of a file, without an unfinished last line. Raises ValueError for a damaged line."
-    if not path.exists(): return []
-    *lines, _unfinished = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
+# %% ../nbs/02_storage.ipynb #87e28e3c
+def _lines(path: Path) -> Iterator[tuple[dict, int]]:
+    "The records of a file and where they begin, without an unfinished last line. Raises ValueError for a damaged line."
+    start = 0
+    for number, line in enumerate(open(path, "rb") if path.exists() else (), 1):
+        if not line.endswith(b"\n"): return
         try: record = json.loads(line)
         except ValueError: record = None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not a JSON record; remove the line, or the file to start again")
-        records.append(record)
-    return records
+        yield record, start
+        start += len(line)
+
+def _read_at(places: Iterable[tuple[Path, int]]) -> Iterator[dict]:
+    "The records that begin at some places, in the order asked for; only one is in memory."
+    with ExitStack() as stack:
+        files = {}
+        for path, start in places:
+            if path not in files: files[path] = stack.enter_context(open(path, "rb"))
+            files[path].seek(start)
+            yield json.loads(files[path].readline())
 
 def _append(path: Path, records: list[dict]) -> None:
     "Add records behind the last finished line and wait until they are on the disk."
@@ -91,7 +99,7 @@ def _append(path: Path, records: list[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/02_storage.ipynb #43c44e47
+# %% ../nbs/02_storage.ipynb #d8b27f23
 class Records:
     "JSON lines, appended as they are made, by one process at a time; with `rank` each has a file of its own."
     def __init__(self,
@@ -103,7 +111,7 @@ class Records:
         path = Path(path)
         self.path = path if rank is None else path.with_name(f"{path.stem}.part{rank}{path.suffix}")
         parts = sorted(path.parent.glob(f"{escape(path.stem)}.part[0-9]*{escape(path.suffix)}"))
-        self.rows = [row for file in (path, *parts) for row in _read(file)]
+        self.rows = [row for file in (path, *parts) for row, _ in _lines(file)]
 
     def append(self, rows: list[dict]) -> None:
         "Keep records; they are on the disk when this returns."

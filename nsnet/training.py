@@ -292,7 +292,8 @@ def train(
     net, run = _learned(recipe, parts, backbone, seed, checkpoint=out and out/"checkpoint.safetensors", key=key,
                         checkpoint_every=checkpoint_every, progress=progress)
     val = parts["val"]
-    threshold, T = calibrate(net, val.x, val.v, val.y.numpy())
-    detector = Detector(recipe, config, backbone, net, threshold, sizes.captioner, _described(index, sizes, seed))
+    threshold, T, unsure = calibrate(net, val.x, val.v, val.y.numpy())
+    described = _described(index, sizes, seed)
+    detector = Detector(recipe, config, backbone, net, threshold, sizes.captioner, described, unsure)
     if out: _keep(out, detector, run | dict(rejected=rejected, temperature=T))
     return detector

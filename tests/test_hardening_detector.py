@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nsnet.detector
+import nsnet.scoring
 import nsnet.training
 from nsnet.captions import caption
 from nsnet.clip import image_features, load_backbone, text_features
@@ -20,6 +21,7 @@ from nsnet.config import preset as known_preset
 from nsnet.detector import Detector
 from nsnet.generators import index_mini
 from nsnet.inference import build_network, load_weights, preprocess_all, save_weights
+from nsnet.scoring import read_scores
 from nsnet.storage import Records, asset, fingerprint
 from nsnet.training import train
 
@@ -288,12 +290,18 @@ def test_damaged_caches(tmp_path, detector, world):
     caption(few, root, store=store, progress=False)
     store.write_text(store.read_text().replace('"caption": "', '"caption": null, "other": "'))
     assert str(store) in refusal(caption, few, root, store=store, progress=False)
-    scores = detector.score(few, root=root, store=tmp_path/"scores.jsonl")
-    rows = Records(tmp_path/"scores.jsonl").rows
-    keyless = {name: value for name, value in rows[1].items() if name != "key"}
-    bad = [rows[0] | dict(score=None), keyless, rows[2] | dict(score=float("nan"))]
-    (tmp_path/"scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in bad))
-    assert detector.score(few, root=root, store=tmp_path/"scores.jsonl").equals(scores)
+    table, journal = tmp_path/"scores.csv", tmp_path/"scores.csv.unfinished.jsonl"
+    scores = read_scores(detector.score(few, root=root, out=table)).drop(columns="seconds")
+    rows = [record | dict(detector=detector.fingerprint()) for record in scores.to_dict("records")]
+    for bad in (dict(score=None), dict(score=float("nan")), dict(score=2.), dict(sha256="0")):
+        damaged = [{k: v for k, v in (row | (bad if i == 1 else {})).items() if v != ""} for i, row in enumerate(rows)]
+        table.unlink()
+        journal.write_text("".join(json.dumps(row) + "\n" for row in damaged))
+        again = read_scores(detector.score(few, root=root, out=table)).drop(columns="seconds")
+        assert again.equals(scores) and not journal.exists()
+    for damaged, reason in (("[1]\n", "not a JSON record"), ("{}\n", "no scores"), ('{"path": "a", "detector": "x"}\n', "another detector")):
+        journal.write_text(damaged)
+        assert reason in refusal(detector.score, few, root=root, out=table) and read_scores(table).score.equals(scores.score)
 
 
 def test_four_threads_score_at_once(detector):
@@ -301,9 +309,9 @@ def test_four_threads_score_at_once(detector):
     images = [np.random.default_rng(i).integers(0, 255, (80, 80, 3), dtype=np.uint8) for i in range(4)]
     def scores(image): return detector.score(image).score.tolist()
     alone = [scores(image) for image in images]
-    nsnet.detector._captioner.cache_clear()
+    nsnet.scoring._captioner.cache_clear()
     with ThreadPoolExecutor(4) as threads: together = list(threads.map(scores, images*2))
-    assert together == alone*2 and nsnet.detector._captioner.cache_info().misses == 1
+    assert together == alone*2 and nsnet.scoring._captioner.cache_info().misses == 1
 
 
 def test_two_processes_share_a_run_folder(tmp_path, world, detector):

@@ -12,6 +12,7 @@ from nsnet.config import preset
 from nsnet.detector import Detector
 from nsnet.generators import index_mini
 from nsnet.index import load_index, save_index, split
+from nsnet.scoring import read_scores
 from nsnet.storage import Records
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,9 +37,7 @@ def test_script_for_several_gpus(tmp_path):
     tested = load_index(tmp_path/"index.csv").query("split == 'test'")
     captions = {r["sha256"]: r["caption"] for r in Records(tmp_path/"captions.jsonl").rows}
     tested = tested.assign(caption=tested.sha256.map(captions)).reset_index(drop=True)
-    parts = [(tmp_path/f"scores.part{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-    assert all(parts) and len({r["key"] for r in Records(tmp_path/"scores.jsonl").rows}) == len(tested)
-    detector = Detector.from_pretrained(tmp_path/"run", device="cpu")
+    kept, detector = read_scores(tmp_path/"scores.csv"), Detector.from_pretrained(tmp_path/"run", device="cpu")
+    assert kept.path.tolist() == tested.path.tolist() and not list(tmp_path.glob("*unfinished*"))
     scores = detector.score(tested, root=images, batch_size=64)
-    kept = detector.score(tested, root="nowhere", store=tmp_path/"scores.jsonl")
     assert kept.score.tolist() == pytest.approx(scores.score.tolist(), abs=1e-5)
