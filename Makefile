@@ -1,7 +1,7 @@
 # Two commands do everything: `make study` and `make test`. Both install on first use, into .venv.
 PYTHON ?= python3
 READY := .venv/.ready
-STUDY := python -m nsnet.study
+STUDY := nsnet study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed versions test sync readme clean
@@ -11,38 +11,38 @@ study study-full ablation audit generators robustness mini-detector: export OMP_
 
 # The study on the mini world with one seed: reports/table1/
 study: $(READY)
-	$(STUDY) table1 preset=mini seeds=0 out=reports/table1
+	$(STUDY) table1 -p preset mini -p seeds 0 -p out reports/table1
 
 # The same with five seeds, which is what the README shows: reports/table1-full/
 study-full: $(READY)
-	$(STUDY) table1 preset=mini seeds=0,1,2,3,4 out=reports/table1-full
+	$(STUDY) table1 -p preset mini -p seeds 0,1,2,3,4 -p out reports/table1-full
 
 # Is it the caption, and what does each part earn: reports/ablation/ (about an hour)
 ablation: $(READY)
-	$(STUDY) ablation preset=mini seeds=0,1,2,3,4 n_boot=2000 out=reports/ablation
+	$(STUDY) ablation -p preset mini -p seeds 0,1,2,3,4 -p n_boot 2000 -p out reports/ablation
 
 # What the released numbers measure, one switch of the protocol at a time: reports/audit/
 audit: $(READY)
-	$(STUDY) audit preset=mini seeds=0,1,2,3,4 out=reports/audit
+	$(STUDY) audit -p preset mini -p seeds 0,1,2,3,4 -p out reports/audit
 
 # Every generator in training and in testing, one left out, five seeds: reports/generators/ (about half an hour)
 generators: $(READY)
-	$(STUDY) generators preset=mini seeds=0,1,2,3,4 adapted=False out=reports/generators
+	$(STUDY) generators -p preset mini -p seeds 0,1,2,3,4 -p adapted False -p out reports/generators
 
 # What is left of the detectors when pictures were compressed, scaled, cropped or sent on: reports/robustness/
 robustness: $(READY)
-	$(STUDY) robustness preset=mini seeds=0,1,2,3,4 out=reports/robustness
+	$(STUDY) robustness -p preset mini -p seeds 0,1,2,3,4 -p out reports/robustness
 
 # All of them, which share detectors, canvases and features
 studies: study-full ablation audit generators robustness
 
 # Make the mini world itself from nothing (hours): nsnet/assets/mini/ and reports/make_mini/
 mini: $(READY)
-	$(STUDY) make_mini scale=real out=reports/make_mini assets=nsnet/assets/mini cache=data/make_mini before=reports/make_mini/version1.csv
+	$(STUDY) make_mini -p scale real -p out reports/make_mini -p assets nsnet/assets/mini -p cache data/make_mini -p before reports/make_mini/version1.csv
 
 # Train the detector that ships, on the mini world as it is (minutes): nsnet/assets/mini/detector/ and reports/mini_detector/
 mini-detector: $(READY)
-	$(STUDY) mini_detector scale=real out=reports/mini_detector assets=nsnet/assets/mini/detector
+	$(STUDY) mini_detector -p scale real -p out reports/mini_detector -p assets nsnet/assets/mini/detector
 
 # The study under other instruction sets and with two threads: reports/processors/
 processors: $(READY)
@@ -50,11 +50,11 @@ processors: $(READY)
 
 # The dalle preset with ViT-L/14 and BLIP-base in full size, random weights and no network: reports/rehearsal/
 rehearsal: $(READY)
-	$(STUDY) rehearsal scale=real per_class=24 n_train=20 systems=all out=reports/rehearsal
+	$(STUDY) rehearsal -p scale real -p per_class 24 -p n_train 20 -p systems all -p out reports/rehearsal
 
 # Images per second and memory, on the GPU where there is one: reports/speed/
 speed: $(READY)
-	$(STUDY) speed scale=real out=reports/speed
+	$(STUDY) speed -p scale real -p out reports/speed
 
 # The tests with the lowest versions of the libraries and with the newest: reports/versions/
 versions: $(READY)

@@ -58,7 +58,8 @@ def run(setting, folder, preset, params):
         done = subprocess.run([sys.executable, *map(str, arguments)], env=env, capture_output=True, text=True)
         if done.returncode: sys.exit(f"{setting}: {done.stderr[-2000:]}")
         return done.stdout
-    python("-m", "nsnet.study", "table1", f"preset={preset}", f"data={data}", f"out={data/'report'}", *params)
+    params = dict(preset=preset, data=data, out=data/"report") | params
+    python("-m", "nsnet.cli", "study", "table1", *(word for name, value in params.items() for word in ("-p", name, value)))
     return json.loads(python(__file__, "--inputs", preset, data)), pd.read_csv(data/"report/scores.csv")
 
 
@@ -96,12 +97,13 @@ def main(arguments):
     out = study.resolve(arguments.pop(0) if arguments and "=" not in arguments[0] else "reports/processors", make=True)
     params = dict(a.split("=", 1) for a in arguments)
     preset, chosen = params.pop("preset", "mini"), params.pop("settings", ",".join(list(SETTINGS)[1:])).split(",")
-    params = [f"{k}={v}" for k, v in ({"seeds": "0"} | params).items()]
+    params = {"seeds": "0"} | params
     with tempfile.TemporaryDirectory() as folder:
         results = {name: run(name, Path(folder), preset, params) for name in ["as it is", *chosen]}
     first = results.pop("as it is")
     table = pd.DataFrame([row for name, result in results.items() for row in compare(name, result, first)])
-    write(table, out, " ".join(["python scripts/processors.py", f"preset={preset}", f"settings='{','.join(chosen)}'", *params]))
+    write(table, out, " ".join(["python scripts/processors.py", f"preset={preset}", f"settings='{','.join(chosen)}'",
+                                *(f"{k}={v}" for k, v in params.items())]))
     frozen = table[table.system.isin(FROZEN)]
     if not table[list(INPUTS)].all(axis=None): sys.exit("what goes in differs between the settings")
     if (frozen.largest_change > 1e-3).any(): sys.exit("a frozen system moved by more than 1e-3")

@@ -77,7 +77,9 @@ def test_wheel_is_small(wheel):
 
 
 def test_study_runs_from_the_wheel(installed, away):
-    out = run(installed, "-m", "nsnet.study", "table1", "systems=linear_probe,no_projection,advanced", "out=out", "data=data", cwd=away)
+    settings = dict(systems="linear_probe,no_projection,advanced", out="out", data="data")
+    options = [word for name, value in settings.items() for word in ("-p", name, value)]
+    out = run(installed.with_name("nsnet"), "study", "table1", *options, cwd=away)
     assert "table1.ipynb" in out
     assert {"table1.csv", "scores.csv", "table1.ipynb"} <= {p.name for p in (away/"out").iterdir()}
     assert str(REPO) not in (away/"out/table1.ipynb").read_text()

@@ -16,6 +16,7 @@ COMPONENTS = sorted((REPO/"nbs").glob("[0-9]*.ipynb"))
 STUDIES = sorted((REPO/"nbs/studies").glob("*.ipynb"))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in COMPONENTS}
 LEAVES = {"images", "patches", "nullspace", "losses", "metrics", "counts"}
+LATE = {"shell", "cli"}            # import where they need it, so that --help answers at once
 MODULES = [p for p in sorted((REPO/"nsnet").glob("*.py")) if p.name != "_modidx.py"]
 by_name = dict(ids=lambda path: path.stem)
 
@@ -74,10 +75,10 @@ def test_links_lead_somewhere():
 
 
 def test_every_arrow_of_the_import_graph_points_down():
-    "A module imports from lower numbers, at the top, and nothing in a circle; the leaves import nothing."
+    "A module imports from lower numbers, at the top but for the command, and nothing in a circle; the leaves import nothing."
     for module in MODULES[1:]:
         for name, at_top in imported(module.read_text()):
-            assert at_top, f"{module.stem} imports {name} inside a function"
+            assert at_top or module.stem in LATE, f"{module.stem} imports {name} inside a function"
             assert module.stem not in LEAVES and NUMBER[name] < NUMBER[module.stem], f"{module.stem} imports {name}"
 
 
