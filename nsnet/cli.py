@@ -49,12 +49,12 @@ def _pictures(paths: list[str]) -> list[str]:
     if not found: raise ValueError("no picture: the list on stdin is empty")
     return list(dict.fromkeys(found))
 
-# %% ../nbs/34_cli.ipynb #96c1a562
+# %% ../nbs/34_cli.ipynb #524f77dc
 def _refuse_out(out: str | None, *endings: str) -> None:
     "Raise ValueError for a file with another ending, or in a place where nothing can be written."
     from nsnet.study import resolve
     if out is None: return
-    if Path(out).is_dir() or Path(out).suffix.lower() not in endings:
+    if Path(out).is_dir() or Path(out).suffix not in endings:
         raise ValueError(f"--out {out}: a file that ends in {' or '.join(endings)} is expected")
     resolve(Path(out).absolute().parent, make=True)
 
@@ -65,24 +65,26 @@ def _detector(model: str, device=None):
     except (RuntimeError, AssertionError): raise ValueError(f"--device {device}: not on this machine") from None
     return nsnet.Detector.from_pretrained(model, device=device and str(device))
 
-# %% ../nbs/34_cli.ipynb #37e19211
+# %% ../nbs/34_cli.ipynb #6b4ff094
 def _bar(me) -> bool: return me.is_main_process and sys.stderr.isatty()    # progress is for a person
 
 def _share(me) -> dict: return dict(rank=me.process_index, ranks=me.num_processes)
 
-def _scored(detector, files: list[str], out: Path, me, **options):
-    "The table of scores, which is in `out` too; None in all processes but the first."
+def _scored(detector, files: list[str], out: Path, me, columns: list[str] | None, **options):
+    "Score into a file; then the table in it, or some columns of it. None in all processes but the first."
     import pandas as pd
+    from nsnet.scoring import _read_tables
     options |= dict(out=out, progress=_bar(me))
     if me.num_processes > 1: detector.score(files, **options, **_share(me))
     me.wait_for_everyone()
     if not me.is_main_process: return None
-    detector.score(files, **options)
-    if out.suffix == ".parquet": return pd.read_parquet(out)
-    return pd.read_csv(out, encoding_errors="surrogateescape", keep_default_na=False,
-                       na_values=dict.fromkeys(("score", "probability", "seconds"), ""))
+    before = out.exists() and out.stat().st_ino
+    try: detector.score(files, **options)
+    except ValueError:
+        if not out.exists() or out.stat().st_ino == before: raise          # nothing was written
+    return pd.concat((part[columns or list(part)] for part in _read_tables(out)), ignore_index=True)
 
-# %% ../nbs/34_cli.ipynb #c91940a4
+# %% ../nbs/34_cli.ipynb #00912be6
 def _caveat(detector) -> None:
     "Say what has to be known before a score is believed."
     warn(f"scored by {detector.recipe.name}, trained on {detector.trained_on or 'what is not recorded'}")
@@ -90,14 +92,14 @@ def _caveat(detector) -> None:
 
 def _name_rejected(table) -> None:
     "Say which pictures were rejected. Raises ValueError when no other is left."
-    rejected = table[table.verdict.isna() | table.verdict.eq("")]
+    rejected = table[table.verdict.eq("")]
     for row in rejected[:20].itertuples(): warn(f"rejected: {row.path}: {row.reason}")
     if len(rejected) > 20: warn(f"rejected: {len(rejected) - 20} more; the column `reason` has them all")
     if len(rejected) == len(table): raise ValueError("none of the pictures can be used")
 
 def _readable(table):
     "What a person sees of the scores: one column for the caption or the reason."
-    bad = table.verdict.isna() | table.verdict.eq("")
+    bad = table.verdict.eq("")
     return table.assign(verdict=table.verdict.mask(bad, "rejected"), note=table.caption.mask(bad, table.reason))[
         ["verdict", "probability", "path", "note"]]
 
@@ -106,7 +108,7 @@ def _counted(table, out: str):
     counts = table.verdict.value_counts().reindex(["generated", "unsure", "real"], fill_value=0)
     return counts.to_frame(out).T.rename_axis("file").reset_index().assign(rejected=len(table) - counts.sum())
 
-# %% ../nbs/34_cli.ipynb #5a9e8006
+# %% ../nbs/34_cli.ipynb #c3449c97
 @main.verb("nsnet score holiday/ photo.jpg --out scores.csv",
            option("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; - reads paths from stdin"),
            _MODEL, option("--out", metavar="FILE", help="scores.csv or scores.parquet, continued if it exists"), _SAID,
@@ -122,7 +124,8 @@ def _score(paths, model, out, caption, prevalence, batch_size, device, as_json) 
     detector = _detector(model, device or me.device)
     options = dict(prevalence=prevalence, batch_size=batch_size, captions=None if caption is None else [caption])
     with TemporaryDirectory() as folder:
-        table = _scored(detector, files, Path(out or Path(folder, "scores.csv")), me, **options)
+        file, columns = Path(out or Path(folder, "scores.csv")), ["path", "verdict", "reason"] if out else None
+        table = _scored(detector, files, file, me, columns, **options)
     if table is None: return
     _name_rejected(table)
     _caveat(detector)
@@ -171,7 +174,7 @@ def _caption(root, model, out, data, batch_size, as_json) -> Iterator[str]:
     if out: save_index(index, out)
     yield from [out] if out else lines(index[["caption", "path"]], as_json, ["caption", "path"])
 
-# %% ../nbs/34_cli.ipynb #9703ee2c
+# %% ../nbs/34_cli.ipynb #61aa6639
 def _settings(preset: str, recipe: str | None, params: list[list[str]]) -> tuple:
     "Preset and recipe with the changed fields. Raises ValueError for a name or a value that is not known."
     from nsnet.config import RECOMMENDED, Preset, recipe_for
@@ -180,10 +183,11 @@ def _settings(preset: str, recipe: str | None, params: list[list[str]]) -> tuple
     return sizes, recipe_for(recipe or RECOMMENDED, sizes, **{name: v for name, v in params if name not in own})
 
 def _measured(detector, index, root: str | Path, me):
-    "What the test images say of a detector, a row for each generator, with 95 % intervals."
+    "What the test images say of a detector, a row for each generator, with 95 % intervals; it remembers their scores."
     from nsnet.report import table
     tested = index[index.split == "test"].reset_index(drop=True)
     scores = detector.score(tested, root=root, progress=_bar(me)).merge(tested[["path", "generator"]], on="path")
+    detector.tested = scores[["generator", "label", "score"]]
     scores = scores.assign(system=detector.recipe.name, seed=0, threshold=detector.threshold)
     found = table(scores, sorted(index.generator[index.split.eq("train") & index.label.eq(1)].unique()))
     return found[found.test.ne("paper")].dropna(axis=1, how="all").astype(dict(n_real=int, n_fake=int))
@@ -195,7 +199,7 @@ def _with_intervals(measured):
     shown = measured[["test", "seen", "n_real", "n_fake"]]
     return shown.assign(auroc=cells("auroc"), accuracy=cells("calibrated_accuracy"))
 
-# %% ../nbs/34_cli.ipynb #7bfc113e
+# %% ../nbs/34_cli.ipynb #22a8ab07
 @main.verb("nsnet train --root photos/ --recipe advanced --preset any --out models/mine -p epochs 4",
            option("--root", metavar="DIR", help="folder of the collection; mini, smoke and dalle have their own"),
            option("--recipe", metavar="NAME", help="a system (default: the recommended one)"),
@@ -220,6 +224,7 @@ def _train(root, recipe, preset, out, seed, params, data, as_json) -> Iterator[s
     detector = nsnet.train(chosen, index, root, sizes, seed, out=out, cache=Path(data, "features"), progress=_bar(me))
     if not me.is_main_process: return
     write_csv(measured := _measured(detector, index, root, me), Path(out, "measured.csv"))
+    detector.save_pretrained(out)
     shown = measured if as_json else _with_intervals(measured)
     yield from lines(shown, as_json, list(shown))
     warn(f"the detector is in {out}; [ ] are 95 % intervals over test images")

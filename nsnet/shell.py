@@ -30,12 +30,13 @@ def warn(
     name = f"nsnet, process {rank}" if rank else "nsnet"
     print(f"{name}: {_one_line(' '.join(str(text).split()))}", file=sys.stderr, flush=True)
 
-# %% ../nbs/33_shell.ipynb #0fd5509b
+# %% ../nbs/33_shell.ipynb #ccbb0015
 @contextmanager
 def _apart() -> Iterator[None]:
     "Keep everything that is no result away from stdout."
+    ours = Path(nsnet.__file__).parent
     def show(message, category, filename, *rest):
-        if Path(filename).parent == Path(nsnet.__file__).parent: warn(f"warning: {message}")
+        if issubclass(category, UserWarning) and Path(filename).parent == ours: warn(f"warning: {message}")
     if not sys.stderr.isatty(): os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("default")

@@ -85,6 +85,14 @@ def test_study_runs_from_the_wheel(installed, away):
     assert str(REPO) not in (away/"out/table1.ipynb").read_text()
 
 
+def test_command_scores_from_the_wheel(installed, away):
+    "The first thing somebody does who has installed it: pictures of their own, and a table."
+    wild = REPO.parent/"shared/wild/real"
+    if not wild.is_dir(): pytest.skip("the folder shared/wild with real pictures is not beside this checkout")
+    head, *rows = run(installed.with_name("nsnet"), "score", wild, cwd=away).splitlines()
+    assert head.split() == ["verdict", "probability", "path", "note"] and len(rows) > 10 and not list(away.iterdir())
+
+
 @pytest.mark.parametrize("preset, more", [(None, dict(rule="resize", side=96)), pytest.param("mini", {}, marks=pytest.mark.slow)])
 def test_plain_papermill_runs_table1_from_the_wheel(preset, more, installed, away):
     "As the README says it, far from the checkout: no download, no GPU, and the table and figures in the notebook."
