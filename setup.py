@@ -33,6 +33,6 @@ setup(
     packages=["nsnet"],
     package_data={"nsnet": ["assets/**/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={key.removesuffix("_requirements"): settings[key].split() for key in settings if key.endswith("_requirements")},
     cmdclass={"build_py": BuildWithStudies},
 )

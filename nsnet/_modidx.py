@@ -371,6 +371,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nsnet.patches._places': ('patches.html#_places', 'nsnet/patches.py'),
                                'nsnet.patches._powers': ('patches.html#_powers', 'nsnet/patches.py'),
                                'nsnet.patches._ranked': ('patches.html#_ranked', 'nsnet/patches.py'),
+                               'nsnet.patches._show': ('patches.html#_show', 'nsnet/patches.py'),
                                'nsnet.patches._shuffled': ('patches.html#_shuffled', 'nsnet/patches.py'),
                                'nsnet.patches._take': ('patches.html#_take', 'nsnet/patches.py'),
                                'nsnet.patches.cut_patches': ('patches.html#cut_patches', 'nsnet/patches.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['removed_share', 'fig_explanation']
 
-# %% ../nbs/20_explain.ipynb #fccf7dec
+# %% ../nbs/20_explain.ipynb #26f44331
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from .config import PreprocessConfig
 from .model import NSNetOutput
-from .patches import draw_patches
+from .patches import _show, draw_patches
 
 # %% ../nbs/20_explain.ipynb #67690e99
 def removed_share(
@@ -60,7 +60,7 @@ def _draw_effect(ax, effect: np.ndarray) -> None:
 _EFFECT = "effect of each place of the canvas\nlogit − logit with that place occluded"
 _NOTE = "Not a map of forged regions: the canvas is shuffled, and each place is occluded alone, by its mean colour."
 
-# %% ../nbs/20_explain.ipynb #bad88f69
+# %% ../nbs/20_explain.ipynb #221b9c8c
 def fig_explanation(
     image,                    # a PIL image, or (H, W, 3) uint8
     canvas: np.ndarray,       # (M, M, 3) uint8: what the network saw of it
@@ -73,7 +73,7 @@ def fig_explanation(
     from matplotlib import pyplot as plt
     out, effect = _occlusion_map(outputs, canvas, config.patch)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.9), width_ratios=(1, 1, 1.2), layout="constrained")
-    axes[0].imshow(image)
+    _show(axes[0], np.asarray(image))
     axes[1].imshow(canvas)
     _draw_effect(axes[2], effect)
     for ax, title in zip(axes, ("image", "canvas\nwhat the network sees", _EFFECT)):
@@ -82,7 +82,7 @@ def fig_explanation(
     if config.kind == "spectral":
         draw_patches(axes[0], image, config.patch, config.canvas)
         axes[0].set_title("image\nentropy high: orange, low: blue", fontsize=10)
-    fig.suptitle(_headline(out, threshold, caption), fontsize=11)
+    fig.suptitle(_headline(out, threshold, caption), fontsize=11, parse_math=False)
     fig.supxlabel(_NOTE, fontsize=9)
     plt.close(fig)
     return fig

@@ -171,7 +171,13 @@ def select_patches_batch(
         made[:] = _assemble(own[_shuffled(own, _chosen(own, entropy, places), seed, 0)], canvas)
     return canvases
 
-# %% ../nbs/10_patches.ipynb #7438469d
+# %% ../nbs/10_patches.ipynb #2ab09a1d
+def _show(ax, x: np.ndarray, most: int = 1500) -> None:
+    "Draw pixels (H, W, 3) at their own coordinates, without axes; of a large picture a smaller copy."
+    (h, w), step = x.shape[:2], -(-max(x.shape)//most)
+    ax.imshow(Image.fromarray(x).reduce(step), extent=(-.5, w - .5, h - .5, -.5))
+    ax.axis("off")
+
 def draw_patches(
     ax,                 # matplotlib axes
     image,              # a PIL image, or (H, W, 3) uint8
@@ -182,8 +188,7 @@ def draw_patches(
     from matplotlib.patches import Rectangle
     x, inset, patches = _pixels(image), .09*patch, cut_patches(image, patch)
     chosen = list(dict.fromkeys(_chosen(patches, spectral_entropy(patches), _places(patch, canvas))))
-    ax.imshow(x)
-    ax.axis("off")
+    _show(ax, x)
     for rank, j in enumerate(chosen):
         row, col = divmod(int(j), x.shape[1]//patch)
         frame = (col*patch - .5 + inset, row*patch - .5 + inset), patch - 2*inset, patch - 2*inset
