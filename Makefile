@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := nsnet study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed versions test sync readme clean
+.PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed versions test sync readme docs clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
 study study-full ablation audit generators robustness mini-detector: export OMP_NUM_THREADS = 1
@@ -77,6 +77,10 @@ sync: $(READY)
 readme: $(READY)
 	python scripts/readme.py
 
+# The notebooks, the reports and the API as a site, as they are committed: _site/index.html
+docs: $(READY)
+	python scripts/pages.py
+
 $(READY): pyproject.toml settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	python -m pip install --constraint constraints.txt --editable '.[dev]'
@@ -84,4 +88,4 @@ $(READY): pyproject.toml settings.ini setup.py constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _site *.egg-info

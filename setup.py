@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 config = ConfigParser()
 config.read("settings.ini")
 settings = config["DEFAULT"]
+extras = {key.removesuffix("_requirements"): settings[key].split() for key in settings if key.endswith("_requirements")}
+extras["dev"] = sorted({name for names in extras.values() for name in names})
 
 
 class BuildWithStudies(build_py):
@@ -33,6 +35,6 @@ setup(
     packages=["nsnet"],
     package_data={"nsnet": ["assets/**/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={key.removesuffix("_requirements"): settings[key].split() for key in settings if key.endswith("_requirements")},
+    extras_require=extras,
     cmdclass={"build_py": BuildWithStudies},
 )

@@ -6,9 +6,10 @@
 __all__ = ['GENERATORS', 'AutoEncoder', 'Denoiser', 'sample_latents', 'load_generators', 'decode_pixels', 'word_indices',
            'generate', 'index_mini', 'one_feature_rules']
 
-# %% ../nbs/08_generators.ipynb #4a76c24e
+# %% ../nbs/08_generators.ipynb #b66664eb
 import json
 import math
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -26,7 +27,7 @@ from .scenes import (CONTENTS, SIZE, WORDS, _turned, camera, jpeg_bytes, jpeg_qu
                           scene_place)
 from .storage import asset, fingerprint
 
-# %% ../nbs/08_generators.ipynb #312e5aad
+# %% ../nbs/08_generators.ipynb #4ebae6ec
 class _Res(nn.Module):
     "A residual block of two convolutions."
     def __init__(self, c):
@@ -35,26 +36,27 @@ class _Res(nn.Module):
 
     def forward(self, x): return x + self.b(F.silu(self.a(F.silu(x))))
 
-def _upsampler(kind, c):
-    "A layer that doubles the side of a feature map with c channels."
-    if kind == "deconv": return nn.ConvTranspose2d(c, c, 4, 2, 1)
-    if kind == "shuffle": return nn.Sequential(nn.Conv2d(c, 4*c, 3, padding=1), nn.PixelShuffle(2))
-    if kind in ("nearest", "bilinear"):
-        return nn.Sequential(nn.Upsample(scale_factor=2, mode=kind), nn.Conv2d(c, c, 3, padding=1))
-    raise ValueError(f"unknown upsampling {kind!r}: deconv, nearest, shuffle or bilinear")
+def _interpolated(c, mode): return nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(c, c, 3, padding=1))
+
+_UPSAMPLERS = {    # kind of autoencoder → layer that doubles the side of a feature map with c channels
+    "deconv": lambda c: nn.ConvTranspose2d(c, c, 4, 2, 1),
+    "nearest": partial(_interpolated, mode="nearest"),
+    "shuffle": lambda c: nn.Sequential(nn.Conv2d(c, 4*c, 3, padding=1), nn.PixelShuffle(2)),
+    "bilinear": partial(_interpolated, mode="bilinear")}
 
 class AutoEncoder(nn.Module):
     "A convolutional autoencoder: (B, 3, H, W) in [-1, 1] to latents (B, latent, H/4, W/4) and back."
     def __init__(self,
-        kind: str,        # how the decoder upsamples: deconv, nearest, shuffle or bilinear
+        kind: str,        # how the decoder upsamples, one of GENERATORS but for diffusion
         width: int = 32,  # channels
         latent: int = 8,  # channels of the latent grid
     ):
         super().__init__()
-        self.kind, c = kind, width
+        if kind not in _UPSAMPLERS: raise ValueError(f"unknown upsampling {kind!r}: one of {', '.join(_UPSAMPLERS)}")
+        self.kind, c, doubled = kind, width, _UPSAMPLERS[kind]
         self.encode = nn.Sequential(nn.Conv2d(3, c, 6, 4, 1), _Res(c), _Res(c), nn.Conv2d(c, latent, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(latent, c, 1), _Res(c), _Res(c), _upsampler(kind, c), nn.SiLU(),
-                                     _upsampler(kind, c), nn.SiLU(), nn.Conv2d(c, 6, 3, padding=1))
+        self.decoder = nn.Sequential(nn.Conv2d(latent, c, 1), _Res(c), _Res(c), doubled(c), nn.SiLU(),
+                                     doubled(c), nn.SiLU(), nn.Conv2d(c, 6, 3, padding=1))
 
     def decode(self, z):
         "Mean and expected absolute residual of every pixel, both (B, 3, H, W)."
@@ -137,17 +139,17 @@ def sample_latents(
         x = torch.cos(s*math.pi/2)*clean + torch.sin(s*math.pi/2)*noise
     return x
 
-# %% ../nbs/08_generators.ipynb #3ed527e3
-GENERATORS = ("deconv", "nearest", "shuffle", "bilinear", "diffusion")
+# %% ../nbs/08_generators.ipynb #f46525cf
+GENERATORS = (*_UPSAMPLERS, "diffusion")
 _FILES = ("generators.safetensors", "generators.json")
 
 def load_generators(
     assets: str | Path | None = None,  # folder with generators.safetensors and generators.json; None: the shipped ones
 ) -> tuple:                            # ({name: AutoEncoder}, Denoiser, facts)
-    "The four autoencoders, the denoiser, and the temperatures and latent scale that belong to them."
+    "The autoencoders, the denoiser, and the temperatures and latent scale that belong to them."
     weights, facts = (Path(assets)/f if assets else asset(f) for f in _FILES)
     state, facts = load_file(weights), json.loads(facts.read_text())
-    nets = {k: AutoEncoder(k, **facts["autoencoder"]) for k in GENERATORS[:4]}
+    nets = {k: AutoEncoder(k, **facts["autoencoder"]) for k in _UPSAMPLERS}
     nets["diffusion"] = Denoiser(**facts["denoiser"])
     for name, net in nets.items():
         weights = {k.removeprefix(f"{name}."): v.float() for k, v in state.items() if k.startswith(f"{name}.")}
