@@ -202,7 +202,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nsnet.generators._contents': ('generators.html#_contents', 'nsnet/generators.py'),
                                   'nsnet.generators._first_seed': ('generators.html#_first_seed', 'nsnet/generators.py'),
                                   'nsnet.generators._grain': ('generators.html#_grain', 'nsnet/generators.py'),
-                                  'nsnet.generators._interpolated': ('generators.html#_interpolated', 'nsnet/generators.py'),
                                   'nsnet.generators._is_whole': ('generators.html#_is_whole', 'nsnet/generators.py'),
                                   'nsnet.generators._layout': ('generators.html#_layout', 'nsnet/generators.py'),
                                   'nsnet.generators._make_batch': ('generators.html#_make_batch', 'nsnet/generators.py'),

@@ -6,10 +6,9 @@
 __all__ = ['GENERATORS', 'AutoEncoder', 'Denoiser', 'sample_latents', 'load_generators', 'decode_pixels', 'word_indices',
            'generate', 'index_mini', 'one_feature_rules']
 
-# %% ../nbs/08_generators.ipynb #b66664eb
+# %% ../nbs/08_generators.ipynb #3842da7e
 import json
 import math
-from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -27,7 +26,7 @@ from .scenes import (CONTENTS, SIZE, WORDS, _turned, camera, jpeg_bytes, jpeg_qu
                           scene_place)
 from .storage import asset, fingerprint
 
-# %% ../nbs/08_generators.ipynb #4ebae6ec
+# %% ../nbs/08_generators.ipynb #2e67f5e8
 class _Res(nn.Module):
     "A residual block of two convolutions."
     def __init__(self, c):
@@ -36,13 +35,11 @@ class _Res(nn.Module):
 
     def forward(self, x): return x + self.b(F.silu(self.a(F.silu(x))))
 
-def _interpolated(c, mode): return nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(c, c, 3, padding=1))
-
 _UPSAMPLERS = {    # kind of autoencoder → layer that doubles the side of a feature map with c channels
     "deconv": lambda c: nn.ConvTranspose2d(c, c, 4, 2, 1),
-    "nearest": partial(_interpolated, mode="nearest"),
+    "nearest": lambda c: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)),
     "shuffle": lambda c: nn.Sequential(nn.Conv2d(c, 4*c, 3, padding=1), nn.PixelShuffle(2)),
-    "bilinear": partial(_interpolated, mode="bilinear")}
+    "bilinear": lambda c: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(c, c, 3, padding=1))}
 
 class AutoEncoder(nn.Module):
     "A convolutional autoencoder: (B, 3, H, W) in [-1, 1] to latents (B, latent, H/4, W/4) and back."
