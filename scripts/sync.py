@@ -9,19 +9,19 @@ from configparser import ConfigParser
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-COPIED = ("pyproject.toml", "settings.ini", "README.md", "nbs", "nsnet", "scripts")
+COPIED = ("pyproject.toml", "settings.ini", "README.md", "CITATION.cff", "nbs", "nsnet", "scripts")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
 
 
 def address(root: Path) -> None:
-    "Write the repository's address, which stands in settings.ini alone, into the badges and install cells of all notebooks."
+    "Write the repository's address, which stands in settings.ini alone, into badges, install cells and the citation."
     settings = ConfigParser()
     settings.read(root/"settings.ini")
     owner = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/")
-    for notebook in (root/"nbs").rglob("*.ipynb"):
-        old = notebook.read_text(encoding="utf-8")
+    for file in [*(root/"nbs").rglob("*.ipynb"), root/"CITATION.cff"]:
+        old = file.read_text(encoding="utf-8")
         new = re.sub(r"(github\.com|research\.google\.com/github)/[\w.-]+/nsnet\b", rf"\1/{owner}", old)
-        if new != old: notebook.write_text(new, encoding="utf-8")
+        if new != old: file.write_text(new, encoding="utf-8")
 
 
 def generate(root: Path) -> None:
@@ -35,9 +35,9 @@ def generate(root: Path) -> None:
 
 
 def files(root: Path) -> set[Path]:
-    "Notebooks, the diagram, modules and the README of a checkout."
+    "Notebooks, the diagram, modules, the citation and the README of a checkout."
     found = {p.relative_to(root) for part in ("nbs", "nsnet") for p in (root/part).rglob("*") if p.suffix in (".ipynb", ".py", ".svg")}
-    return {p for p in found if ".ipynb_checkpoints" not in p.parts} | {Path("README.md")}
+    return {p for p in found if ".ipynb_checkpoints" not in p.parts} | {Path("README.md"), Path("CITATION.cff")}
 
 
 def differing() -> list[str]:
