@@ -77,7 +77,7 @@ def _knows(detector: Detector) -> str:
     return _html('<h1>Is this picture AI-generated?</h1><div class="card notice"><strong>What the loaded model knows:',
                  f"</strong> {known}. Pictures by any other camera, generator or editor can score either way.</div>")
 
-# %% ../nbs/32_page.ipynb #d82f090d
+# %% ../nbs/32_page.ipynb #ae7522c1
 def _embedded(fig, said: str) -> str:
     "A matplotlib figure as an image inside HTML, so that no file is written."
     fig.savefig(file := BytesIO(), format="png", dpi=120)
@@ -90,7 +90,7 @@ def _fig_tested(tested: pd.DataFrame, score: Score):
     ax, bins = fig.subplots(), np.linspace(0, 1, 41)
     for label, name in enumerate(("real", "generated")):
         own = tested.score[tested.label.eq(label)]
-        ax.hist(own, bins, weights=[1/len(own)]*len(own), alpha=.55, color=_COLORS[name])
+        ax.hist(own, bins, weights=np.full(len(own), 1/max(len(own), 1)), alpha=.55, color=_COLORS[name])
         ax.text(label, 1.02, ("photographs", "generated")[label], color=_COLORS[name], fontsize=10, va="bottom",
                 ha=("left", "right")[label], transform=ax.transAxes)
     ax.axvspan(*score.unsure, color=_COLORS["unsure"], alpha=.15, lw=0)
