@@ -40,11 +40,11 @@ def _occlusion_map(outputs: Callable, canvas: np.ndarray, patch: int) -> tuple[N
     effect = (out.logits[0] - out.logits[1:]).reshape(m, m).numpy()
     return NSNetOutput(*(None if t is None else t[:1] for t in out)), effect
 
-# %% ../nbs/20_explain.ipynb #2d635331
+# %% ../nbs/20_explain.ipynb #3624cce1
 def _headline(out: NSNetOutput, threshold: float, caption: str | None) -> str:
     "The score and its side of the threshold, the share that the projection removed, and the caption."
     score = out.logits[0].double().sigmoid().item()
-    text = f"score {score:.3f}: {'AI-generated' if score >= threshold else 'not flagged'} (threshold {threshold:.3f})"
+    text = f"score {score:.3f} {'reaches' if score >= threshold else 'is below'} the threshold {threshold:.3f}"
     if out.u_tilde is not None: text += f", projection removes {removed_share(out.u, out.u_tilde)[0]:.0%} of ‖u‖²"
     return text + f"\n“{caption}”"*bool(caption)
 

@@ -35,7 +35,7 @@ def _scale(score: float, unsure: tuple[float, float], threshold: float) -> str:
     return (f'<div class="scale" role="img" aria-label="{score:.3f} on a scale from 0 to 1">{"".join(drawn)}'
             f'<s style="left:{threshold:.2%}"></s><b style="left:{score:.2%}"></b></div>')
 
-# %% ../nbs/32_page.ipynb #d265633b
+# %% ../nbs/32_page.ipynb #bb071f98
 _STYLE = """<style>
 .nsnet {font-size: 15px; line-height: 1.45; margin: 0 -10px; p {margin: .35em 0} strong, h1, h2 {font-weight: 650}
   h1 {font-size: 1.6em; margin-bottom: .3em} img {display: block; max-width: 100%; background: #fff} table {width: 100%}
@@ -45,8 +45,8 @@ _STYLE = """<style>
   .faint {opacity: .75; font-size: .87em; white-space: normal} .ends {display: flex; justify-content: space-between}
   .scale {position: relative; margin: 10px; height: 10px; min-width: 60px; i, s, b {position: absolute; top: 0}
     i {height: 10px; opacity: .55} s {width: 2px; height: 18px; margin: -4px -1px; background: currentColor}
-    b {width: 12px; height: 12px; margin: -4px -9px; border-radius: 9px; background: #111; border: 3px solid #fff;
-       box-shadow: 0 0 3px #000}} .wide {width: 99%}
+    b {width: 18px; height: 18px; margin: -4px -9px; border-radius: 9px; background: #111; border: 3px solid #fff;
+       box-shadow: 0 0 3px #000; box-sizing: border-box}} .wide {width: 99%}
   .large {overflow-x: auto; max-width: calc(100vw - 80px); img {min-width: 700px; margin: auto}}}
 .strip {gap: 4px !important; img {width: 42px; height: 42px; max-width: none; margin: 0 !important}
   button {flex-direction: column; gap: 2px; font-size: 10.5px !important; padding: 3px 0 !important; min-width: 44px}}
@@ -77,7 +77,7 @@ def _knows(detector: Detector) -> str:
     return _html('<h1>Is this picture AI-generated?</h1><div class="card notice"><strong>What the loaded model knows:',
                  f"</strong> {known}. Pictures by any other camera, generator or editor can score either way.</div>")
 
-# %% ../nbs/32_page.ipynb #d82f090d
+# %% ../nbs/32_page.ipynb #ae7522c1
 def _embedded(fig, said: str) -> str:
     "A matplotlib figure as an image inside HTML, so that no file is written."
     fig.savefig(file := BytesIO(), format="png", dpi=120)
@@ -90,7 +90,7 @@ def _fig_tested(tested: pd.DataFrame, score: Score):
     ax, bins = fig.subplots(), np.linspace(0, 1, 41)
     for label, name in enumerate(("real", "generated")):
         own = tested.score[tested.label.eq(label)]
-        ax.hist(own, bins, weights=[1/len(own)]*len(own), alpha=.55, color=_COLORS[name])
+        ax.hist(own, bins, weights=np.full(len(own), 1/max(len(own), 1)), alpha=.55, color=_COLORS[name])
         ax.text(label, 1.02, ("photographs", "generated")[label], color=_COLORS[name], fontsize=10, va="bottom",
                 ha=("left", "right")[label], transform=ax.transAxes)
     ax.axvspan(*score.unsure, color=_COLORS["unsure"], alpha=.15, lw=0)
@@ -110,7 +110,7 @@ def _among(tested: pd.DataFrame | None, score: Score) -> str:
     said = f"{of[0]} test photographs and {of[1]} generated test pictures score as high as this one or higher."
     return _html(title, _embedded(_fig_tested(tested, score), said), f"<p>{said}</p>")
 
-# %% ../nbs/32_page.ipynb #e5c3eb23
+# %% ../nbs/32_page.ipynb #cb0d0365
 _CHANGES = {"jpeg 75": "saved as JPEG 75", "half size": "half size and back", "crop": "cropped to 7/8"}
 
 def _everyday(detector: Detector, image, score: Score) -> pd.DataFrame:
@@ -128,8 +128,8 @@ def _moves(changes: pd.DataFrame, score: Score) -> str:
         found = (f'<td>{s:.3f}</td><td class="wide">{_scale(s, score.unsure, score.threshold)}</td>' if verdict
                  else f'<td colspan="2" class="faint">no score: {html.escape(reason)}</td>')
         return f"<tr><td>{change}</td>{found}</tr>"
-    other = sorted({*changes.verdict} - {"", score.verdict})
-    said = f"The verdict changes to: {', '.join(_WORDS[v].lower() for v in other)}." if other else "The verdict stays."
+    other = [f"“{_WORDS[verdict].lower()}”" for verdict in sorted({*changes.verdict} - {"", score.verdict})]
+    said = f"The verdict changes to {' and '.join(other)}." if other else "The verdict stays."
     if not any(changes.verdict[1:]): said = "Whether the verdict would stay is not known."
     return _html("<h2>After everyday changes</h2><table>", *(row(*r) for r in changes.itertuples(index=False)),
                  f"</table><p>{said}</p>")
