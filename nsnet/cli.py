@@ -61,9 +61,10 @@ def _refuse_out(out: str | None, *endings: str) -> None:
 def _detector(model: str, device=None):
     "A detector. Raises ValueError for a model, and for a device, that is not there."
     import torch
+    from nsnet.runtime import load_detector
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError): raise ValueError(f"--device {device}: not on this machine") from None
-    return nsnet.Detector.from_pretrained(model, device=device and str(device))
+    return load_detector(model, device=device and str(device))
 
 # %% ../nbs/34_cli.ipynb #6b4ff094
 def _bar(me) -> bool: return me.is_main_process and sys.stderr.isatty()    # progress is for a person

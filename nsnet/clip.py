@@ -42,7 +42,7 @@ class ImageTower(nn.Module):
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(f"canvases must be (B, M, M, 3) uint8, got {tuple(x.shape)} {x.dtype}")
-        if not len(x): return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers refuse an empty batch
+        if not x.shape[0]: return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers refuse an empty batch
         pixels = (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
         low = self.bf16 and has_bf16(x.device)
         with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext(): return self.visual(pixels).float()
@@ -156,7 +156,8 @@ def inference_batch_size(
     if asked is not None and not asked >= 1: raise ValueError(f"batch_size must be 1 or more, not {asked}")
     if asked: return int(asked)
     weights = list(net.state_dict().values())
-    return 2 if weights[0].device.type == "cpu" and sum(w.numel() for w in weights) > 2e7 else 64
+    count = getattr(net, "n_weights", None) or sum(w.numel() for w in weights)
+    return 2 if weights[0].device.type == "cpu" and count > 2e7 else 64
 
 def _take(store: Tensors, keys: list, shape: tuple) -> torch.Tensor:
     "The stored rows of all keys, in order. Raises ValueError where they have another shape, or were damaged on disk."

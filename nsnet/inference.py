@@ -80,9 +80,9 @@ def network_inputs(
     cache=None,                # folder of stored features; None: nothing is stored
     progress: bool = True,     # show a bar
 ) -> torch.Tensor:             # (n, M, M, 3) uint8 canvases, (n, d) features or (n, 96) spectra
-    "What a network takes: canvases where its tower learns, features of the frozen tower, or spectra."
-    learns = recipe.kind == "nsnet" and recipe.lora_rank
-    if recipe.kind == "spectrum_probe" or learns: return torch.from_numpy(np.ascontiguousarray(arrays))
+    "What a network takes: canvases where its tower learns or is part of it, features of the frozen tower, or spectra."
+    learns, inside = recipe.kind == "nsnet" and recipe.lora_rank, getattr(backbone.model, "visual", None) is None
+    if recipe.kind == "spectrum_probe" or learns or inside: return torch.from_numpy(np.ascontiguousarray(arrays))
     keys = keys and [f"{key}-{_config_key(config)}" for key in keys]
     return image_features(backbone, arrays, keys, cache, progress=progress)
 

@@ -23,6 +23,7 @@ from .detector import Detector, Score
 from .formats import transform
 from .generators import index_mini
 from .images import open_image
+from .runtime import load_detector
 
 # %% ../nbs/32_page.ipynb #3d477e66
 _WORDS = dict(real="Looks real", unsure="Unsure", generated="Looks generated")
@@ -275,7 +276,7 @@ class _Guard:
 
 # %% ../nbs/32_page.ipynb #6180110f
 def launch(
-    source: str | Path | Detector = "mini",  # as for `Detector.from_pretrained`, or a detector
+    source: str | Path | Detector = "mini",  # as for `load_detector`, or a detector
     host: str = "127.0.0.1",                 # "0.0.0.0" lets other machines in
     port: int = 7860,
     share: bool = False,                     # also under a public address for a few days, by way of Gradio's servers
@@ -284,9 +285,8 @@ def launch(
     "Serve the page, and print its address. Raises ValueError without Gradio, or when the port is taken."
     gr, folder = _gradio(), TemporaryDirectory(prefix="nsnet-page-")
     os.environ |= dict.fromkeys(("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"), str(Path(folder.name, "uploads")))
-    detector = source if isinstance(source, Detector) else Detector.from_pretrained(source)
-    blocks = page(detector, _examples(Path(folder.name, "examples")))
-    blocks.folder = folder                                     # deleted with the page
+    detector = source if isinstance(source, Detector) else load_detector(source)
+    (blocks := page(detector, _examples(Path(folder.name, "examples")))).folder = folder     # deleted with the page
     safe = dict(max_file_size=_MOST, app_kwargs=dict(middleware=[(_Guard, (), {})]), mcp_server=False, ssr_mode=False)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     look = dict(theme=theme, footer_links=[], run_history=False, quiet=True, inline=False)
