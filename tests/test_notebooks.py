@@ -104,8 +104,8 @@ def test_module_can_be_held_in_the_head(module):
 
 
 def test_the_whole_is_small():
-    assert (lines := sum(m.read_text().count("\n") for m in MODULES)) < 5800, lines
-    assert (names := sum(len(defined(m)) for m in MODULES[1:])) <= 205, names
+    assert (lines := sum(m.read_text().count("\n") for m in MODULES)) < 7300, lines
+    assert (names := sum(len(defined(m)) for m in MODULES[1:])) <= 235, names
 
 
 def test_no_notebook_is_large():
