@@ -24,7 +24,8 @@ nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 6
 myst_heading_slug_func = "pages.anchor"
-suppress_warnings = ["myst.header"]        # a table's headings may begin at the third level
+# A table's headings may begin at the third level; code for a notebook may have lines for the shell
+suppress_warnings = ["myst.header", "misc.highlighting_failure"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

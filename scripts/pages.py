@@ -16,7 +16,7 @@ import api
 REPO = Path(__file__).resolve().parents[1]
 # The parts of the house, each by its first module: the notebooks that follow belong to it
 PARTS = dict(overview="Begin here", images="Ground floor", index="Data", scenes="Mini world", captions="Method",
-             metrics="Detector", figures="Study", export="Use")
+             metrics="Detector", figures="Study", export="Use", page="Use")
 PROJECT = ("CONTRIBUTING.md", "SECURITY.md")
 REPORTS = {"table1": "table1-full"}    # a study whose committed report has another name
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
