@@ -4,7 +4,7 @@ READY := .venv/.ready
 STUDY := nsnet study
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed versions test sync readme docs clean
+.PHONY: study study-full ablation audit generators robustness studies mini mini-detector processors rehearsal speed scoring versions test sync readme docs clean
 
 # One thread: the number of threads decides the last digits of sums, and so of every score
 study study-full ablation audit generators robustness mini-detector: export OMP_NUM_THREADS = 1
@@ -55,6 +55,11 @@ rehearsal: $(READY)
 # Images per second and memory, on the GPU where there is one: reports/speed/
 speed: $(READY)
 	$(STUDY) speed -p scale real -p out reports/speed
+
+# 20,000 pictures scored from the command line, and killed on the way: reports/scoring/
+scoring: export OMP_NUM_THREADS = 1
+scoring: $(READY)
+	python scripts/scoring.py 20000 reports/scoring
 
 # The tests with the lowest versions of the libraries and with the newest: reports/versions/
 versions: $(READY)
