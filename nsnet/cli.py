@@ -253,7 +253,7 @@ def _study(name, params, listed) -> Iterator[str]:
     if listed: yield from (f"{one:15}{question}" for one, question in list_studies().items())
     else: yield str(run_study(name, **dict(params)))
 
-# %% ../nbs/34_cli.ipynb #81081c65
+# %% ../nbs/34_cli.ipynb #668d8275
 @main.verb("nsnet export --model mini --out mini.onnx", _MODEL,
            option("--out", required=True, metavar="FILE", help="x.onnx"),
            option("--half", action="store_true", help="16-bit numbers: half the size"))
@@ -267,7 +267,8 @@ def _export(model, out, half) -> Iterator[str]:
 @main.verb("nsnet page --port 7860", _MODEL,
            option("--host", default="127.0.0.1", help="address to answer at (default: this machine only)"),
            option("--port", type=number(int, 0, 2**16), default=7860, metavar="N", help="(default: %(default)s)"),
-           option("--share", action="store_true", help="a public address for some days, by way of gradio's servers"))
+           option("--share", action="store_true", help="a public address for some days, by way of gradio's servers"),
+           kept="the page is closed")
 def _page(model, host, port, share) -> Iterator[str]:
     "Open the page for the browser: drop a picture, and see what the detector says of it."
     from nsnet.page import launch
