@@ -66,7 +66,7 @@ def _detector(model: str, device=None):
     except (RuntimeError, AssertionError): raise ValueError(f"--device {device}: not on this machine") from None
     return load_detector(model, device=device and str(device))
 
-# %% ../nbs/34_cli.ipynb #6b4ff094
+# %% ../nbs/34_cli.ipynb #18a3d077
 def _bar(me) -> bool: return me.is_main_process and sys.stderr.isatty()    # progress is for a person
 
 def _share(me) -> dict: return dict(rank=me.process_index, ranks=me.num_processes)
@@ -79,24 +79,20 @@ def _scored(detector, files: list[str], out: Path, me, columns: list[str] | None
     if me.num_processes > 1: detector.score(files, **options, **_share(me))
     me.wait_for_everyone()
     if not me.is_main_process: return None
-    before = out.exists() and out.stat().st_ino
-    try: detector.score(files, **options)
-    except ValueError:
-        if not out.exists() or out.stat().st_ino == before: raise          # nothing was written
+    detector.score(files, **options)
     return pd.concat((part[columns or list(part)] for part in _read_tables(out)), ignore_index=True)
 
-# %% ../nbs/34_cli.ipynb #00912be6
+# %% ../nbs/34_cli.ipynb #433ee21e
 def _caveat(detector) -> None:
     "Say what has to be known before a score is believed."
     warn(f"scored by {detector.recipe.name}, trained on {detector.trained_on or 'what is not recorded'}")
     warn("“real” only says that this detector found no trace that it knows, which is no proof")
 
 def _name_rejected(table) -> None:
-    "Say which pictures were rejected. Raises ValueError when no other is left."
+    "Say which pictures were rejected."
     rejected = table[table.verdict.eq("")]
     for row in rejected[:20].itertuples(): warn(f"rejected: {row.path}: {row.reason}")
     if len(rejected) > 20: warn(f"rejected: {len(rejected) - 20} more; the column `reason` has them all")
-    if len(rejected) == len(table): raise ValueError("none of the pictures can be used")
 
 def _readable(table):
     "What a person sees of the scores: one column for the caption or the reason."

@@ -19,7 +19,8 @@ from .images import (_below, _look_alikes, _one_line, _perceptual_hash, atomic_w
                           write_rejected)
 from .storage import Records, _require, fingerprint, open_collection, refuse_if_mostly_rejected
 
-# %% ../nbs/03_index.ipynb #1271af47
+# %% ../nbs/03_index.ipynb #ea3bc13f
+pd.options.mode.string_storage = "python"                    # a file's name need not be text that Arrow takes
 _COLUMNS = ["path", "label", "generator", "split", "sha256", "width", "height", "caption"]
 _FACTS = [*_COLUMNS[4:7], "phash"]                           # what a record of `scan` has
 _EXTENSIONS = set(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm".split())
@@ -65,10 +66,9 @@ def scan(
     index.attrs["rejected"] = rejected
     return index
 
-# %% ../nbs/03_index.ipynb #f6781656
+# %% ../nbs/03_index.ipynb #c7468b60
 _SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
-_LABELS = {"real": 0, "fake": 1, "0_real": 0, "1_fake": 1}
-_RARE_LABELS = {"nature": 0, "ai": 1, "fakev2": 1}           # only where a pattern names them
+_LABELS, _RARE_LABELS = {"real": 0, "fake": 1, "0_real": 0, "1_fake": 1}, {"nature": 0, "ai": 1, "fakev2": 1}
 
 @lru_cache(None)
 def _regex(pattern: str, labels: tuple = tuple(_LABELS)) -> re.Pattern:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'Records', 'Tensors', 'open_collection', 'refuse_if_mostly_rejected', 'asset']
 
-# %% ../nbs/02_storage.ipynb #6b6bc825
+# %% ../nbs/02_storage.ipynb #dff1e8ac
 import ctypes
 import dataclasses
 import hashlib
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,19 @@ def fingerprint(
     "A name that depends on the content of things and on nothing else. Raises TypeError for what has no fixed content."
     return hashlib.sha256(json.dumps(_content(things), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/02_storage.ipynb #87e28e3c
+# %% ../nbs/02_storage.ipynb #b4019779
 def _lines(path: Path) -> Iterator[tuple[dict, int]]:
     "The records of a file and where they begin, without an unfinished last line. Raises ValueError for a damaged line."
     start = 0
-    for number, line in enumerate(open(path, "rb") if path.exists() else (), 1):
-        if not line.endswith(b"\n"): return
-        try: record = json.loads(line)
-        except ValueError: record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON record; remove the line, or the file to start again")
-        yield record, start
-        start += len(line)
+    with open(path, "rb") if path.exists() else BytesIO() as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"): return
+            try: record = json.loads(line)
+            except ValueError: record = None
+            if not isinstance(record, dict): raise ValueError(
+                f"{path}, line {number}: not a JSON record; remove the line, or the file to start again")
+            yield record, start
+            start += len(line)
 
 def _read_at(places: Iterable[tuple[Path, int]]) -> Iterator[dict]:
     "The records that begin at some places, in the order asked for; only one is in memory."

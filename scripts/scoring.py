@@ -101,15 +101,15 @@ def killed(folder: Path, out: Path, n: int, moments: int = 5) -> list[int]:
     return found
 
 
-def main(n: int, report: Path) -> dict:
+def main(n: int, report: Path, rounds: int = 3) -> dict:
     "Everything, in one run; writes scoring.json."
     from nsnet.scoring import read_scores
     with tempfile.TemporaryDirectory() as folder:
         folder, start = Path(folder), time.perf_counter()
         images = pictures(folder, n)
-        before = stages(images, min(n, 960))
+        before = stages(images, min(n, 960), rounds)
         found = watched(images, folder/"whole.csv", n)
-        after = stages(images, min(n, 960))
+        after = stages(images, min(n, 960), rounds)
         alone = {name: round((before[name] + after[name])/2, 1) for name in before}
         at = killed(images, folder/"killed.csv", n)
         whole, again = (read_scores(folder/f"{name}.csv").drop(columns="seconds") for name in ("whole", "killed"))

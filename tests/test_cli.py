@@ -178,7 +178,7 @@ NONSENSE = {                                                   # line: exit code
     "score nowhere": (1, "nowhere: no such file or folder"),
     "score pictures/*.webp": (1, "no file that fits it"),
     "score empty": (1, "empty: no pictures in this folder"),
-    "score pictures/broken.png": (1, "none of the pictures can be used"),
+    "score pictures/broken.png": (1, "1 of 1 images cannot be used"),
     "score pictures --model nobody/nothing": (1, "nobody/nothing: neither a folder nor a repository"),
     "score pictures --model models/damaged": (1, "models/damaged/model.safetensors is damaged"),
     "score pictures --model empty": (1, "empty/model.safetensors: no such file"),
