@@ -23,7 +23,21 @@ from nsnet.generators import index_mini
 gradio_client = pytest.importorskip("gradio_client", reason="pip install 'nsnet[page]' to test the page")
 pytest.importorskip("gradio", reason="pip install 'nsnet[page]' to test the page")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SERVE = "import sys; from nsnet.page import launch; launch('mini', port=int(sys.argv[1]))"
+SERVE = """
+import socket, sys
+known = dict(connect=socket.socket.connect, getaddrinfo=socket.getaddrinfo)
+def told(host):
+    if str(host) not in ("127.0.0.1", "localhost", "::1", "None", "b'127.0.0.1'"): print("LEAVES THE MACHINE:", host, flush=True)
+def connect(self, address):
+    if self.family != socket.AF_UNIX: told(address[0])
+    return known["connect"](self, address)
+def getaddrinfo(host, *rest, **options):
+    told(host)
+    return known["getaddrinfo"](host, *rest, **options)
+socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+from nsnet.page import launch
+launch("mini", port=int(sys.argv[1]))
+"""
 
 
 class Server:
@@ -163,7 +177,7 @@ def test_sixty_megapixels_are_scored(server, pictures):
     assert "word" in card and caption and time.monotonic() - start < 60
 
 
-def test_small_upload_limit(server):
+def test_large_requests_are_refused(server):
     assert server.ask("/gradio_api/upload", "POST", b"", **{"Content-Length": "102000000"})[0] == 413
     assert server.ask("/gradio_api/queue/join", "POST", b"{" + b" "*2_000_000 + b"}", **{"Content-Type": "application/json"})[0] == 413
 
@@ -276,10 +290,11 @@ def test_memory_stays_flat_over_500_requests(server, pictures):
 
 
 def test_nothing_is_left_behind(server, pictures):
-    "Uploads are deleted with the server."
+    "Uploads are deleted with the server, and in all these tests it has asked no other machine for anything."
     status, answer = server.ask("/gradio_api/upload", "POST", b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc\r\n--x--\r\n',
                                 **{"Content-Type": "multipart/form-data; boundary=x"})
     kept = Path(json.loads(answer)[0])
     assert kept.exists()
     os.kill(server.process.pid, signal.SIGTERM)
     assert server.process.wait(30) == 0 and not kept.exists() and not kept.parents[2].exists()
+    assert "LEAVES THE MACHINE" not in server.log.read_text()
