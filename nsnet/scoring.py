@@ -180,12 +180,13 @@ def _write_parquet(tables: Iterable[pd.DataFrame], file: Path) -> None:
 
 _WRITERS = {".csv": _write_csv, ".parquet": _write_parquet}
 
-# %% ../nbs/21_scoring.ipynb #18f27863
+# %% ../nbs/21_scoring.ipynb #332e448f
 def _read_tables(file: Path) -> Iterator[pd.DataFrame]:
     "A finished table, a few thousand rows at a time. Raises ValueError for anything else."
     try:
         if file.suffix == ".csv":
-            with pd.read_csv(file, chunksize=4096, dtype=object, keep_default_na=False,
+            kinds = {name: object if name in _NUMBERS else str for name in _KEPT}
+            with pd.read_csv(file, chunksize=4096, dtype=kinds, keep_default_na=False,
                              encoding_errors="surrogateescape") as tables:
                 for table in tables: yield table[_KEPT].replace({name: {"": "nan"} for name in _NUMBERS}).astype(
                     dict.fromkeys(_NUMBERS, float))        # through text, to the last bit
