@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../nbs/31_export.ipynb #0b1136af
+# %% ../nbs/31_export.ipynb #99b83916
 import copy
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from .lora import _unfold_attention
 from .runtime import _MOST_BYTES, _OPSET, _as_file, _Graph, _imported, _signature, load_onnx
 from .scenes import CONTENTS, render_photo, true_caption
 
-# %% ../nbs/31_export.ipynb #558d3eeb
+# %% ../nbs/31_export.ipynb #3943aceb
 class _Half(nn.Module):
     "Pixels in float16."
     def forward(self, x): return x.half()
@@ -51,18 +53,20 @@ class _System(nn.Module):
     def forward(self, x, text=None):
         u = x if self.tower is None else self.tower(x)
         if isinstance(self.net, Probe): return (self.net(u),) if u is x else (self.net(u), u)
-        return tuple(part for part in self.net(u, u if text is None else text) if part is not None)
+        out = self.net(u, u if text is None else text)
+        if out.u_tilde is out.u: out = out._replace(u_tilde=out.u.clone())      # torch 2.6 has one name for one tensor
+        return tuple(part for part in out if part is not None)
 
-# %% ../nbs/31_export.ipynb #25e2bf65
+# %% ../nbs/31_export.ipynb #9252567f
 def _exported(detector, half: bool):
     "The graph as onnx.ModelProto, without the exporter's notes."
     shapes, outputs = _signature(detector.recipe, detector.preprocess, detector.backbone.embed_dim)
     kinds = dict(canvas=torch.uint8)
     example = tuple(torch.zeros(2, *shape, dtype=kinds.get(name)) for name, shape in shapes.items())
-    batch = torch.export.Dim("batch", max=2**16)
-    with warnings.catch_warnings(action="ignore"):
+    batch = torch.export.Dim("batch", max=2**16)                    # without an end, torch 2.6 takes the example's 2
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):          # it prints what it does
         made = torch.onnx.export(_System(detector, half).eval(), example, dynamo=True, opset_version=_OPSET,
-                                 input_names=list(shapes), output_names=list(outputs), verbose=False,
+                                 input_names=list(shapes), output_names=list(outputs), verbose=False, optimize=True,
                                  dynamic_shapes=({0: batch},)*len(example))
     model = made.model_proto
     for part in (model, model.graph, *model.graph.node):
