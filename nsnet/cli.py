@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/34_cli.ipynb #57c0845e
+# %% ../nbs/34_cli.ipynb #c6de666e
 import sys
+import warnings
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator
 from glob import glob
@@ -30,7 +31,7 @@ _DATA = option("--data", default="data", metavar="DIR", help="folder for what is
 _SET = option("-p", nargs=2, action="append", default=[], dest="params", metavar=("NAME", "VALUE"),
               help="change a parameter; may be repeated")
 
-# %% ../nbs/34_cli.ipynb #11bd227b
+# %% ../nbs/34_cli.ipynb #96eb5a02
 def _below(path: str) -> list[str]:
     "The pictures of a folder, or the file itself. Raises ValueError for a folder without pictures."
     from nsnet.index import list_images
@@ -42,7 +43,7 @@ def _pictures(paths: list[str]) -> list[str]:
     "The files that paths stand for, each once and in order. Raises ValueError for a path that stands for none."
     found = []
     for path in paths:
-        if path == "-": found += sys.stdin.read().splitlines()
+        if path == "-": found += [line for line in sys.stdin.read().split("\n") if line]
         elif there := [path] if Path(path).exists() else sorted(glob(path, recursive=True)):
             for one in there: found += _below(one)
         else: raise ValueError(f"{path}: no such file or folder, and no file that fits it as a pattern")
@@ -66,7 +67,7 @@ def _detector(model: str, device=None):
     except (RuntimeError, AssertionError): raise ValueError(f"--device {device}: not on this machine") from None
     return load_detector(model, device=device and str(device))
 
-# %% ../nbs/34_cli.ipynb #18a3d077
+# %% ../nbs/34_cli.ipynb #b421425a
 def _bar(me) -> bool: return me.is_main_process and sys.stderr.isatty()    # progress is for a person
 
 def _share(me) -> dict: return dict(rank=me.process_index, ranks=me.num_processes)
@@ -79,13 +80,16 @@ def _scored(detector, files: list[str], out: Path, me, columns: list[str] | None
     if me.num_processes > 1: detector.score(files, **options, **_share(me))
     me.wait_for_everyone()
     if not me.is_main_process: return None
-    detector.score(files, **options)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):    # the rejected ones are named below
+        detector.score(files, **options)
     return pd.concat((part[columns or list(part)] for part in _read_tables(out)), ignore_index=True)
 
-# %% ../nbs/34_cli.ipynb #433ee21e
+# %% ../nbs/34_cli.ipynb #4d7b0dd3
 def _caveat(detector) -> None:
     "Say what has to be known before a score is believed."
     warn(f"scored by {detector.recipe.name}, trained on {detector.trained_on or 'what is not recorded'}")
+    low, high = detector.unsure
+    warn(f"a score below {low:.3f} is called real, from {min(high, 1):.3f} generated, in between unsure")
     warn("“real” only says that this detector found no trace that it knows, which is no proof")
 
 def _name_rejected(table) -> None:
@@ -105,16 +109,18 @@ def _counted(table, out: str):
     counts = table.verdict.value_counts().reindex(["generated", "unsure", "real"], fill_value=0)
     return counts.to_frame(out).T.rename_axis("file").reset_index().assign(rejected=len(table) - counts.sum())
 
-# %% ../nbs/34_cli.ipynb #c3449c97
+# %% ../nbs/34_cli.ipynb #e446c22b
 @main.verb("nsnet score holiday/ photo.jpg --out scores.csv",
            option("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; - reads paths from stdin"),
            _MODEL, option("--out", metavar="FILE", help="scores.csv or scores.parquet, continued if it exists"), _SAID,
            option("--prevalence", type=number(float, 0, 1), default=.5, metavar="P",
                   help="share of generated pictures among yours (default: %(default)s)"), _BATCH, _DEVICE, _JSON,
-           kept="{out} has the rows made so far, and the same command goes on")
+           kept="the rows made so far are beside {out}, and the same command goes on")
 def _score(paths, model, out, caption, prevalence, batch_size, device, as_json) -> Iterator[str]:
     "Say of every picture how likely it is to be AI-generated."
-    files, me = _pictures(paths), processes()
+    me = processes()
+    if "-" in paths and me.num_processes > 1: raise ArgumentError(None, "several processes cannot share stdin")
+    files = _pictures(paths)
     if caption is not None and len(files) > 1: raise ArgumentError(None, f"--caption: one picture, not {len(files)}")
     if not out and me.num_processes > 1: raise ArgumentError(None, "several processes need --out")
     _refuse_out(out, ".csv", ".parquet")
@@ -126,8 +132,10 @@ def _score(paths, model, out, caption, prevalence, batch_size, device, as_json) 
     if table is None: return
     _name_rejected(table)
     _caveat(detector)
+    if caption and not detector.needs_captions: warn("this detector does not read captions: --caption changes nothing")
     shown = _counted(table, out) if out else table if as_json else _readable(table)
     yield from lines(shown, as_json, list(shown))
+    if table.verdict.eq("").all(): raise ValueError("none of the pictures can be used")
 
 # %% ../nbs/34_cli.ipynb #315b3290
 @main.verb("nsnet explain photo.jpg --out figure.png", option("picture", metavar="PICTURE"),
@@ -171,7 +179,7 @@ def _caption(root, model, out, data, batch_size, as_json) -> Iterator[str]:
     if out: save_index(index, out)
     yield from [out] if out else lines(index[["caption", "path"]], as_json, ["caption", "path"])
 
-# %% ../nbs/34_cli.ipynb #61aa6639
+# %% ../nbs/34_cli.ipynb #ffcdf6fc
 def _settings(preset: str, recipe: str | None, params: list[list[str]]) -> tuple:
     "Preset and recipe with the changed fields. Raises ValueError for a name or a value that is not known."
     from nsnet.config import RECOMMENDED, Preset, recipe_for
@@ -194,7 +202,7 @@ def _with_intervals(measured):
     def cells(name): return [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in
                              measured[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)]
     shown = measured[["test", "seen", "n_real", "n_fake"]]
-    return shown.assign(auroc=cells("auroc"), accuracy=cells("calibrated_accuracy"))
+    return shown.assign(auroc=cells("auroc"), **{"accuracy, calibrated": cells("calibrated_accuracy")})
 
 # %% ../nbs/34_cli.ipynb #22a8ab07
 @main.verb("nsnet train --root photos/ --recipe advanced --preset any --out models/mine -p epochs 4",

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/22_detector.ipynb #4cbc4336
+# %% ../nbs/22_detector.ipynb #83344088
 import json
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from .model import NSNet, NSNetOutput
 from .scoring import (_SHOWN, _answer, _captioned, _rows, _scored, _seen, _stream, _table, score_to_file)
 from .storage import asset, fingerprint, refuse_if_mostly_rejected
 
-# %% ../nbs/22_detector.ipynb #b61af610
+# %% ../nbs/22_detector.ipynb #e36b891b
 @dataclass(frozen=True)
 class Score:
     "What a detector says of one picture."
@@ -45,38 +46,43 @@ class Score:
     def generated(self) -> bool: return self.score >= self.threshold   # a decision without a band
 
     def __repr__(self) -> str:
-        low, high = self.unsure
+        low, high = self.unsure[0], min(self.unsure[1], 1)
         said = {"generated": f"AI-generated: score {self.score:.3f} reaches {high:.3f}", "unsure":
                 f"Unsure: score {self.score:.3f} lies between {low:.3f} and {high:.3f}", "real":
                 f"Not flagged, which is no proof that it is real: score {self.score:.3f} is below {low:.3f}"}
         about = f", captioned “{self.caption}”"*bool(self.caption)
         return f"{said[self.verdict]} (threshold {self.threshold:.3f}, {self.system}{about})"
 
-# %% ../nbs/22_detector.ipynb #efcefadf
+# %% ../nbs/22_detector.ipynb #7116a5a5
 _FORMAT = 1                # of a saved configuration
 _KINDS = dict(format=int, threshold=float, unsure=tuple[float, float], captioner=str, trained_on=str | None,
-              backbone=str, backbone_weights=str, embed_dim=int)
+              backbone=str, backbone_weights=str, embed_dim=int, tested=str | None)
 
 def _configuration(detector) -> dict:
     "What belongs to the weights of a detector, as plain data."
     config = {name: getattr(detector, name) for name in ("threshold", "unsure", "captioner", "trained_on")}
     config |= {name: asdict(getattr(detector, name)) for name in ("recipe", "preprocess")}
     clip = detector.backbone
-    return config | dict(format=_FORMAT, backbone=clip.name, backbone_weights=clip.weights, embed_dim=clip.embed_dim)
+    config |= dict(format=_FORMAT, backbone=clip.name, backbone_weights=clip.weights, embed_dim=clip.embed_dim)
+    return config | dict(tested=None if detector.tested is None else fingerprint(detector.tested.to_csv(index=False)))
+
+def _version(detector) -> str:
+    "Sixteen digits that depend on everything a saved detector consists of, its card's figures included."
+    return fingerprint(detector.fingerprint(), _configuration(detector))
 
 def _write(detector, folder: Path) -> None:
     "Write model.safetensors, config.json, tested.csv; another detector's card goes, an edited one of this one stays."
     config, card = _configuration(detector), folder/"README.md"
-    save_weights(folder/"model.safetensors", trained_state(detector.net), config)
     tested = folder/"tested.csv"
     if detector.tested is None: tested.unlink(missing_ok=True)
     else:
         with atomic_write(tested) as file: detector.tested.to_csv(file, index=False, lineterminator="\n")
+    save_weights(folder/"model.safetensors", trained_state(detector.net), config)
     with atomic_write(folder/"config.json") as file: file.write_text(json.dumps(config, indent=1) + "\n")
     old = card.read_text(encoding="utf-8") if card.exists() else ""
-    if "library_name: nsnet" in old and detector.fingerprint() not in old: card.unlink()
+    if "library_name: nsnet" in old and _version(detector) not in old: card.unlink()
 
-# %% ../nbs/22_detector.ipynb #06e475e6
+# %% ../nbs/22_detector.ipynb #9ec50ba9
 def _band(unsure: tuple, threshold: float) -> tuple[float, float]:
     "The band around a threshold. Raises ValueError unless it is one."
     if len(unsure) == 2 and 0 <= unsure[0] <= threshold <= unsure[1] < 1.001: return tuple(map(float, unsure))
@@ -84,7 +90,7 @@ def _band(unsure: tuple, threshold: float) -> tuple[float, float]:
 
 def _facts(config: dict, backbone, captioner, trust: bool) -> tuple[dict, Recipe, PreprocessConfig]:
     "The configuration in its types. Raises ValueError for a wrong field, and for a model that nobody has vouched for."
-    if isinstance(config.get("format"), int) and config["format"] > _FORMAT:
+    if _converted("format", config.get("format", _FORMAT), int) > _FORMAT:
         raise ValueError(f"written by a newer nsnet (format {config['format']}): pip install --upgrade nsnet")
     if odd := config.keys() ^ {*_KINDS, "recipe", "preprocess"}: raise ValueError(f"unknown or missing: {sorted(odd)}")
     said = {name: _converted(name, config[name], kind) for name, kind in _KINDS.items()}
@@ -95,14 +101,14 @@ def _facts(config: dict, backbone, captioner, trust: bool) -> tuple[dict, Recipe
                                                        f"own code: pass {what}=…, or trust=True if you trust its maker")
     return said, Recipe(**config["recipe"]), PreprocessConfig(**config["preprocess"])
 
-def _tested(file: Path) -> pd.DataFrame | None:
-    "Generator, label and score of test images, from a CSV; None where there is none. ValueError for anything else."
-    if not file.exists(): return None
+def _tested(file: Path, mark: str | None) -> pd.DataFrame | None:
+    "Generator, label and score of test images, from a CSV; None where there is none, or that of another detector."
+    if not (mark and file.exists()): return None
     try:
         table = pd.read_csv(file, keep_default_na=False)[["generator", "label", "score"]].astype(dict(generator=str))
-        if table.label.isin([0, 1]).all() and table.score.between(0, 1).all(): return table
-    except Exception: pass
-    raise ValueError(f"{file} is no table of generator, label (0, 1) and score (0 to 1): delete it")
+        good = table.label.isin([0, 1]).all() and table.score.between(0, 1).all()
+    except Exception: return None
+    return table if good and fingerprint(table.to_csv(index=False)) == mark else None
 
 def _loaded(folder: Path, backbone=None, device=None, captioner=None, trust: bool = False) -> tuple:
     "The arguments of `Detector`, from a folder. Raises ValueError that begins with the file's name."
@@ -118,7 +124,7 @@ def _loaded(folder: Path, backbone=None, device=None, captioner=None, trust: boo
         net = build_network(recipe, clip, P=torch.zeros(clip.embed_dim, clip.embed_dim))
         load_trained_state(net, load_weights(file)[0])
         return (recipe, seen, clip, net, said["threshold"], captioner or said["captioner"], said["trained_on"],
-                said["unsure"], _tested(folder/"tested.csv"))
+                said["unsure"], _tested(folder/"tested.csv", said["tested"]))
     except (KeyError, TypeError, ValueError) as error: why = " ".join(str(error).split())[:500]
     raise ValueError(why if str(file) in why else f"{file} does not fit this backbone or version of nsnet: {why}")
 
@@ -130,11 +136,11 @@ def _located(source: str | Path, download: dict) -> Path:
     except Exception as error: why = type(error).__name__
     raise ValueError(f"{source}: neither a folder nor a repository that can be fetched ({why})")
 
-# %% ../nbs/22_detector.ipynb #8f61b01c
+# %% ../nbs/22_detector.ipynb #39078680
 def _measured(detector) -> str:
     "A Markdown table of AUROC and accuracy for each generator, with 95 % intervals over the images."
     tested = detector.tested
-    if tested is None: return "Nothing is recorded."
+    if tested is None or tested.label.nunique() < 2: return "Nothing is recorded."
     rows, real = ["| generator | AUROC | accuracy at the threshold | unsure |", "|---|---|---|---|"], tested.label.eq(0)
     for generator in tested.generator[~real].unique():
         own = tested[real | tested.generator.eq(generator)]
@@ -163,9 +169,10 @@ or `nsnet score photo.jpg --model {{ source }}` in a shell.
 - recipe: `{{ detector.recipe.name }}`{% for name, value in changed.items() %}, {{ name }} {{ value }}{% endfor %}
 - trained on: {{ detector.trained_on or "not recorded" }}
 - models: CLIP {{ detector.backbone.name }}, captioner {{ detector.captioner if detector.needs_captions else "none" }}
-- threshold: {{ "%.4f" | format(detector.threshold) }}; unsure from {{ "%.4f" | format(detector.unsure[0]) }} to \
-{{ "%.4f" | format(detector.unsure[1]) }}: at most one in twenty of either label lay on the wrong side
-- fingerprint: {{ detector.fingerprint() }}
+- threshold: {{ "%.4f" | format(detector.threshold) }}{% if detector.unsure[0] < detector.unsure[1] %}; unsure from \
+{{ "%.4f" | format(detector.unsure[0]) }} to {{ "%.4f" | format(detector.unsure[1]) }}: of validation images at most \
+one in twenty of either label lay on the wrong side{% endif %}
+- fingerprint: {{ detector.fingerprint() }}, with all that this card says {{ version }}
 ## Measured
 {{ measured }}
 ## Limits
@@ -175,7 +182,7 @@ Scores are calibrated for equal numbers of real and generated pictures; pass `pr
 Do not decide about a person by a score alone.
 """
 
-# %% ../nbs/22_detector.ipynb #f2393d7d
+# %% ../nbs/22_detector.ipynb #3b4c20c9
 class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classification", license="apache-2.0",
                tags=["ai-generated-image-detection"], model_card_template=_MODEL_CARD):
     "Tells AI-generated images from photographs."
@@ -224,7 +231,7 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         "The model card; `source` is what its example loads, by default the card's own folder; `note`: further words."
         base, own = asdict(recipe_named(self.recipe.name)) if self.recipe.name in RECIPES else {}, asdict(self.recipe)
         changed = {name: value for name, value in own.items() if value != base.get(name)}
-        said = dict(source=source, note=note, changed=changed, measured=_measured(self))
+        said = dict(source=source, note=note, changed=changed, measured=_measured(self), version=_version(self))
         return super().generate_model_card(detector=self, **said)
 
     def fingerprint(self) -> str:
@@ -262,6 +269,7 @@ class Detector(ModelHubMixin, library_name="nsnet", pipeline_tag="image-classifi
         table, shown = _table(self, records, prevalence), _SHOWN + ["label"]*("label" in rows)
         rejected = [(row.path, row.reason) for row in table[table.reason.ne("")].itertuples()]
         refuse_if_mostly_rejected(rejected, len(rows), root if hasattr(images, "columns") else None)
+        if rejected: warnings.warn(f"{len(rejected)} of {len(rows)} images cannot be used: see .attrs['rejected']")
         found = table[table.reason.eq("")][shown].reset_index(drop=True)
         found.attrs["rejected"] = rejected
         return found

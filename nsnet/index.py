@@ -249,7 +249,7 @@ def _enough(rows: pd.DataFrame, n: int | None, use: str) -> pd.DataFrame:
     "The first n rows, or all for None. Raises ValueError when there are fewer, or none."
     if n is None: n = max(1, len(rows))
     if 1 <= n <= len(rows): return rows[:n]
-    hint = "" if len(rows) else "; index.assign(split='') forgets a split"
+    hint = "" if len(rows) else "; n_train and n_test None take all there are, index.assign(split='') forgets a split"
     raise ValueError(f"{n} {use} images per label: 1 or more are needed, and of one label there are {len(rows)}{hint}")
 
 # %% ../nbs/03_index.ipynb #d3d4898a

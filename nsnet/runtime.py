@@ -133,12 +133,21 @@ def _refuse_other_interface(model, about: dict, recipe: Recipe, config: Preproce
     versions = [part.version for part in model.opset_import]
     if versions != [about["opset"]]: raise ValueError(f"opset {versions}, but the metadata say {about['opset']}")
 
-# %% ../nbs/30_runtime.ipynb #b9d56fe5
+# %% ../nbs/30_runtime.ipynb #5458803b
+def _sizes(model, inputs: list, batch: int) -> dict[str, list[int]]:
+    "The shape of every result for a batch of some rows; a dimension nobody knows is excessive."
+    for value in inputs: value.type.tensor_type.shape.dim[0].dim_value = batch
+    found = _imported("onnx").shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    kinds = {value.name: value.type.tensor_type for value in (*found.value_info, *found.output, *found.input)}
+    shapes = {name: kinds[name].shape.dim if name in kinds and kinds[name].HasField("shape") else [None]
+              for node in found.node for name in node.output if name}
+    return {name: [d.dim_value if d and d.HasField("dim_value") else 2*_MOST_NUMBERS for d in dims]
+            for name, dims in shapes.items()}
+
 def _refuse_huge(model) -> None:
     "Raise ValueError for a result of unknown, excessive or not the promised size. Removes the weights from the model."
-    infer, graph = _imported("onnx").shape_inference, model.graph
+    graph, inputs = model.graph, list(model.graph.input)
     promised = {v.name: [1, *(d.dim_value for d in v.type.tensor_type.shape.dim[1:])] for v in graph.output}
-    for value in graph.input: value.type.tensor_type.shape.dim[0].dim_value = 1
     for value in graph.output: value.type.tensor_type.ClearField("shape")
     for t in [t for t in graph.initializer if np.prod(t.dims, dtype=object) > 1024]:           # its shape is enough
         value = graph.input.add(name=t.name)
@@ -146,13 +155,13 @@ def _refuse_huge(model) -> None:
         for size in t.dims: value.type.tensor_type.shape.dim.add(dim_value=size)
         graph.initializer.remove(t)
     del graph.value_info[:]
-    found = infer.infer_shapes(model, strict_mode=True, data_prop=True).graph
-    kinds = {value.name: value.type.tensor_type for value in (*found.value_info, *found.output, *found.input)}
-    for name in [name for node in found.node for name in node.output if name]:
-        dims = kinds[name].shape.dim if name in kinds and kinds[name].HasField("shape") else [None]
-        sizes = [d.dim_value if d and d.HasField("dim_value") else 2*_MOST_NUMBERS for d in dims]
-        if np.prod(sizes, dtype=object) > _MOST_NUMBERS: raise ValueError(f"{name!r:.80}: unknown or excessive size")
+    one, two = (_sizes(model, inputs, batch) for batch in (1, 2))
+    numbers = {name: np.prod(sizes, dtype=object) for name, sizes in one.items()}
+    for name, sizes in one.items():
+        if numbers[name] > _MOST_NUMBERS: raise ValueError(f"{name!r:.80}: unknown or excessive size")
+        if np.prod(two[name], dtype=object) > 2*numbers[name]: raise ValueError(f"{name!r:.80} outgrows the batch")
         if sizes != promised.get(name, sizes): raise ValueError(f"{name!r:.80} is {sizes}, not {promised[name]}")
+    if sum(numbers.values()) > 32*_MOST_NUMBERS: raise ValueError("the results of all nodes together are excessive")
 
 # %% ../nbs/30_runtime.ipynb #d8482a35
 def _examined(file: Path, backbone, captioner, trust: bool) -> tuple[bytes, dict, tuple]:
@@ -193,7 +202,7 @@ class _Graph(nn.Module):
 
 class _NSNetGraph(_Graph, NSNet): "A graph of an `NSNet`: it has embeddings, and may read captions."
 
-# %% ../nbs/30_runtime.ipynb #9ca67a1b
+# %% ../nbs/30_runtime.ipynb #5dea3bdf
 def _session(data: bytes, device: str):
     "A session of ONNX Runtime, on the CPU or a GPU. Raises ValueError where it cannot be had."
     ort = _imported("onnxruntime")
@@ -202,7 +211,8 @@ def _session(data: bytes, device: str):
     options.log_severity_level = 4
     if gpu and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise ValueError(f"{device}: this ONNX Runtime computes on the CPU only; pip install onnxruntime-gpu")
-    try: return ort.InferenceSession(data, options, providers=["CUDAExecutionProvider"]*gpu + ["CPUExecutionProvider"])
+    own = [("CUDAExecutionProvider", dict(device_id=torch.device(device).index or 0))]*gpu
+    try: return ort.InferenceSession(data, options, providers=own + ["CPUExecutionProvider"])
     except Exception as error: why = " ".join(str(error).split())[:300]
     raise ValueError(f"ONNX Runtime refuses it: {why}")
 

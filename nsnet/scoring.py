@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['read_scores', 'score_to_file']
 
-# %% ../nbs/21_scoring.ipynb #4cc18773
+# %% ../nbs/21_scoring.ipynb #919d123f
+import csv
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from glob import escape
 from importlib.util import find_spec
@@ -22,7 +24,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
 
 from .captions import _worded, load_captioner
@@ -32,11 +34,11 @@ from .images import ImageError, _opened, atomic_write, content_hash
 from .index import list_images
 from .inference import _probability, network_inputs, predict, preprocess, probability_at, verdicts
 from .model import NSNetOutput
-from .storage import _append, _lines, _read_at, _require, open_collection, refuse_if_mostly_rejected
+from .storage import _alone, _append, _lines, _read_at, _require, open_collection
 
-# %% ../nbs/21_scoring.ipynb #5c7e1783
+# %% ../nbs/21_scoring.ipynb #afaf35cb
 def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> pd.DataFrame:
-    "Rows with path, source and caption (perhaps empty), of an index all its columns. ValueError for no image."
+    "Rows with path, source and caption (perhaps empty), of an index label and sha256 too. ValueError for no image."
     if isinstance(images, (str, Path)) and Path(images).is_dir():
         root, images = images, pd.DataFrame(dict(path=list_images(images)))
         if not len(images): raise ValueError(f"{root}: no images in this folder")
@@ -48,11 +50,12 @@ def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> 
         images = pd.DataFrame(dict(source=pd.Series(list(images), dtype=object)))
         images["path"] = [str(x) if isinstance(x, (str, Path)) else f"image {i}" for i, x in enumerate(images.source)]
         if not len(images): raise ValueError("there is no image in an empty list")
-    else: images = _require(images, "path").assign(source=[f"{root}/{p}" for p in images.path])
+    else: images = _require(images, "path").assign(source=[os.path.join(root, p) for p in images.path])
     if captions is None: captions = images.caption if "caption" in images else [""]*len(images)
     captions = _worded([captions]*len(images) if isinstance(captions, str) else captions)
     if len(captions) != len(images): raise ValueError(f"{len(captions)} captions for {len(images)} images")
-    return images.assign(caption=pd.Series(captions, index=images.index, dtype=object)).reset_index(drop=True)
+    images = images.assign(caption=pd.Series(captions, index=images.index, dtype=object))
+    return images.filter(["path", "source", "caption", "label", "sha256"]).reset_index(drop=True)
 
 # %% ../nbs/21_scoring.ipynb #fc7ca9e2
 def _seen(row: tuple, config: PreprocessConfig, to_caption: bool) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -157,7 +160,7 @@ def _places(parts: list[Path], mark: str) -> dict[str, tuple[Path, int]]:
             places[path] = part, start
     return places
 
-# %% ../nbs/21_scoring.ipynb #2c79ddcc
+# %% ../nbs/21_scoring.ipynb #d6c258c8
 def _chunks(items: Iterable, size: int = 4096) -> Iterator[list]:
     "Consecutive items, at most `size` together."
     items = iter(items)
@@ -166,7 +169,9 @@ def _chunks(items: Iterable, size: int = 4096) -> Iterator[list]:
 def _write_csv(tables: Iterable[pd.DataFrame], file: Path) -> None:
     "Write tables below each other as CSV."
     with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as f:
-        for i, table in enumerate(tables): table.to_csv(f, index=False, header=not i, lineterminator="\n")
+        for i, table in enumerate(tables):
+            quoting = csv.QUOTE_NONNUMERIC if table.path.str.contains("\r").any() else csv.QUOTE_MINIMAL
+            table.to_csv(f, index=False, header=not i, lineterminator="\n", quoting=quoting)
 
 def _write_parquet(tables: Iterable[pd.DataFrame], file: Path) -> None:
     "Write tables below each other as Parquet; bytes of a path that are no text become question marks."
@@ -180,7 +185,7 @@ def _write_parquet(tables: Iterable[pd.DataFrame], file: Path) -> None:
 
 _WRITERS = {".csv": _write_csv, ".parquet": _write_parquet}
 
-# %% ../nbs/21_scoring.ipynb #332e448f
+# %% ../nbs/21_scoring.ipynb #61093af8
 def _read_tables(file: Path) -> Iterator[pd.DataFrame]:
     "A finished table, a few thousand rows at a time. Raises ValueError for anything else."
     try:
@@ -204,14 +209,16 @@ def read_scores(
     if not Path(file).is_file(): raise ValueError(f"{file}: no such file")
     return pd.concat(_read_tables(Path(file)), ignore_index=True)
 
-def _reopen(out: Path, journal: Path) -> None:
-    "Turn a finished table back into records."
+def _reopen(out: Path, journal: Path, mark: str) -> None:
+    "Turn a finished table back into records. Raises ValueError for another detector's."
     with atomic_write(journal) as temporary, open(temporary, "w") as file:
         for table in _read_tables(out):
+            if others := set(table.detector) - {mark}: raise ValueError(
+                f"{out} has scores by another detector ({min(others)}, not {mark}): give another name, or delete it")
             for record in table.drop(columns=["probability", "verdict"]).to_dict("records"):
                 file.write(json.dumps({k: v for k, v in record.items() if v == v and v != ""}) + "\n")
 
-# %% ../nbs/21_scoring.ipynb #5556a66b
+# %% ../nbs/21_scoring.ipynb #5b04e8b3
 def _still_true(row: tuple, places: dict) -> bool:
     "Whether there is a record of a row (path, source, given caption, hash or None), made of the same picture."
     path, source, caption, sha = row
@@ -220,50 +227,42 @@ def _still_true(row: tuple, places: dict) -> bool:
     if not (isinstance(record.get("reason"), str) or 0 <= float(record.get("score") or "nan") <= 1): return False
     given = record["caption"] if record.get("caption_from") == "given" else ""
     if record.get("caption_from") in ("given", "captioner") and given != caption: return False
-    return record.get("sha256", "") == (sha or content_hash(source))
+    return record.get("sha256", "") == (sha or _sha(source))          # both empty: still not to be read
 
 def _missing(rows: pd.DataFrame, places: dict, size: int, rank: int, ranks: int, progress: bool) -> pd.DataFrame:
     "The rows of those batches, of one of several processes, that have not all been scored."
     asked = list(zip(rows.path, rows.source, rows.caption, rows.get("sha256", [None]*len(rows))))
     done, known = np.zeros(len(rows), bool), [i for i, path in enumerate(rows.path) if path in places]
-    work = partial(_still_true, places=places)
-    for found, _ in open_collection([asked[i] for i in known], work, size, desc="comparing", progress=progress):
+    work, old = partial(_still_true, places=places), [asked[i] for i in known]
+    for found, _ in open_collection(old, work, batch_size=size, desc="comparing", progress=progress):
         done[[known[i] for i, same in found if same]] = True
     batches = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][rank::ranks]
     return rows.iloc[[i for batch in batches if not done[batch].all() for i in batch]]
 
-# %% ../nbs/21_scoring.ipynb #fd48dff6
+# %% ../nbs/21_scoring.ipynb #b4e9e76e
 def _parts(journal: Path) -> list[Path]:
     "The files of records that there are: that of a single process, those of several."
     several = sorted(journal.parent.glob(f"{escape(journal.stem)}.part[0-9]*.jsonl"))
     return [file for file in (journal, *several) if file.exists()]
-
-@contextmanager
-def _alone(file: Path):
-    "Keep other processes from a file. Raises ValueError while one writes it."
-    locks = [file.with_name(f".{file.name}.{what}") for what in ("run", "lock")]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(locks[0], timeout=0):
-            try: yield
-            finally:
-                for lock in locks: lock.unlink(missing_ok=True)
-    except Timeout: raise ValueError(f"another process is writing {file}: wait, or give another name") from None
 
 def _checked_out(out: str | Path, rows: pd.DataFrame, prevalence: float) -> Path:
     "The file to write. Raises ValueError, before any work, for what could not be written, or not be resumed."
     probability_at(0, prevalence)
     if (out := Path(out)).suffix not in _WRITERS: raise ValueError(f"{out}: a name in .csv or .parquet is expected")
     if out.suffix == ".parquet" and not find_spec("pyarrow"): raise ValueError("Parquet needs pip install pyarrow")
-    if all(isinstance(source, (str, Path)) for source in rows.source): return out
-    raise ValueError("a file of scores is for pictures in files: it could not be resumed with those in memory")
+    if not all(isinstance(source, (str, Path)) for source in rows.source):
+        raise ValueError("a file of scores is for pictures in files: it could not be resumed with those in memory")
+    if (twice := rows.drop_duplicates(["path", "caption"]).path.duplicated()).any():
+        raise ValueError(f"{rows.path[twice.idxmax()]} has two captions: a file of scores has one row for each picture")
+    return out
 
 def _write_table(detector, rows: pd.DataFrame, out: Path, places: dict, prevalence: float) -> list:
-    "Write the table of all rows in their order; returns (path, reason) of those without a score."
-    rejected = []
+    "Write the table, these rows first and in their order; returns (path, reason) of those without a score."
+    rejected, asked = [], set(rows.path)
+    every = [*rows.path, *(path for path in places if path not in asked)]   # what was scored before stays in the table
     def tables():
-        for records in _chunks(_read_at(places[path] for path in rows.path)):
-            rejected.extend((r["path"], r["reason"]) for r in records if "reason" in r)
+        for records in _chunks(_read_at(places[path] for path in every)):
+            rejected.extend((r["path"], r["reason"]) for r in records if "reason" in r and r["path"] in asked)
             yield _table(detector, records, prevalence)[_KEPT]
     with atomic_write(out) as temporary: _WRITERS[out.suffix](tables(), temporary)
     return rejected
@@ -278,21 +277,21 @@ def score_to_file(
     rank: int | None = None,         # of several processes: score this one's batches only, and write no table
     ranks: int = 1,                  # how many processes there are
 ) -> Path | None:                    # `out`; None with a rank
-    "Write scores to a file, and go on where an earlier call stopped. ValueError where no picture can be used."
-    rows, mark = rows.drop_duplicates("path"), detector.fingerprint()
-    out, size = _checked_out(out, rows, prevalence), inference_batch_size(detector.backbone.model, batch_size)
+    "Write scores to a file, and go on where an earlier call stopped. Warns of pictures that cannot be used."
+    out, mark = _checked_out(out, rows, prevalence), detector.fingerprint()
+    rows, size = rows.drop_duplicates("path"), inference_batch_size(detector.backbone.model, batch_size)
     journal = out.with_name(f"{out.name}.unfinished.jsonl")
     own = journal if rank is None else journal.with_name(f"{journal.stem}.part{rank}.jsonl")
-    with _alone(own):
-        if out.exists() and rank is None and not _parts(journal): _reopen(out, journal)
+    with _alone(own), ExitStack() as others:
+        with FileLock(journal.with_name(f".{journal.name}.lock")):
+            if out.exists() and not journal.exists(): _reopen(out, journal, mark)
         todo = _missing(rows, _places(_parts(journal), mark), size, rank or 0, ranks, progress)
         for records in _scored(detector, todo, batch_size, progress) if len(todo) else ():
             _append(own, [record | dict(detector=mark) for record in records])
         if rank is not None: return None
-        rejected = _write_table(detector, rows, out, _places(parts := _parts(journal), mark), prevalence)
+        for part in (parts := _parts(journal)):
+            if part != own: others.enter_context(_alone(part))
+        rejected = _write_table(detector, rows, out, _places(parts, mark), prevalence)
         for part in parts: part.unlink()
-    try: refuse_if_mostly_rejected(rejected, len(rows))
-    except ValueError as error:
-        if len(rejected) == len(rows): raise
-        warnings.warn(f"{error}; {out} has the reasons")
+    if rejected: warnings.warn(f"{len(rejected)} of {len(rows)} images cannot be used; {out} has the reasons")
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'Records', 'Tensors', 'open_collection', 'refuse_if_mostly_rejected', 'asset']
 
-# %% ../nbs/02_storage.ipynb #dff1e8ac
+# %% ../nbs/02_storage.ipynb #4f567383
 import ctypes
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from importlib import resources
 from io import BytesIO
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -101,6 +101,19 @@ def _append(path: Path, records: list[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../nbs/02_storage.ipynb #554f0db9
+@contextmanager
+def _alone(file: Path):
+    "Keep other processes from a file. Raises ValueError while one writes it."
+    locks = [file.with_name(f".{file.name}.{what}") for what in ("run", "lock")]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks[0], timeout=0):
+            try: yield
+            finally:
+                for lock in locks: lock.unlink(missing_ok=True)
+    except Timeout: raise ValueError(f"another process is writing {file}: wait, or give another name") from None
+
 # %% ../nbs/02_storage.ipynb #d8b27f23
 class Records:
     "JSON lines, appended as they are made, by one process at a time; with `rank` each has a file of its own."
@@ -170,10 +183,11 @@ class Tensors:
         if self.folder: return _read_rows(keys, self._where)
         return torch.stack([self._where[key] for key in keys])
 
-# %% ../nbs/02_storage.ipynb #a95bfee4
+# %% ../nbs/02_storage.ipynb #9662a83a
 def _begin_worker(number: int) -> None:
     "A worker has one core, and does not outlive the process that started it."
     threadpool_limits(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for the process that started it
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # 1: PR_SET_PDEATHSIG
 
 def _in_workers(function: Callable, items: Sequence, workers: int | None) -> Iterator:

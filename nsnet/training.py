@@ -256,9 +256,9 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
 def _warn_of_few(val: Part) -> None:
     "Warn where chance chooses the best epoch and the threshold."
     fake = int(val.y.sum())
-    if min(fake, real := len(val.y) - fake) < 10: warnings.warn(
-        f"validation has {real} real and {fake} generated images: with fewer than 10 of a label, the best epoch and "
-        "the threshold are chosen by chance; use more images, or a larger val in nsnet.split", stacklevel=4)
+    if min(fake, real := len(val.y) - fake) < 19: warnings.warn(
+        f"validation has {real} real and {fake} generated images: with fewer than 19 of a label, the best epoch and "
+        "the threshold are chosen by chance, and all is unsure; use more images, or more val in nsnet.split", stacklevel=4)
 
 def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     "What a detector was trained on, in a few words for its model card."

@@ -239,7 +239,7 @@ def test_a_small_validation_set_is_warned_of(world, detector):
     index, root = world
     options = dict(root=root, preset="smoke", backbone=detector.backbone, progress=False)
     many = pd.concat([index[index.split != "test"].assign(split="train"), index[index.split == "test"].assign(split="val")])
-    with pytest.warns(UserWarning, match="validation has 4 real and [0-9]+ generated images: with fewer than 10"):
+    with pytest.warns(UserWarning, match="validation has 4 real and [0-9]+ generated images: with fewer than 19"):
         train("linear_probe", many, **options)
 
 

@@ -58,9 +58,10 @@ def test_names_that_are_no_text(detector, tmp_path):
 
 
 def test_unusable_pictures_have_a_reason(detector, tmp_path):
-    "Most of them: a warning; all of them: an error. The table has the reasons in both cases."
+    "A warning, and a table with the reasons; without a file an error where most cannot be used."
     for i in range(3): (tmp_path/f"{i}.jpg").write_text("nothing")
-    with pytest.raises(ValueError, match="3 of 3 images cannot be used"): detector.score(tmp_path, out=tmp_path/"none.csv")
+    with pytest.warns(UserWarning, match="3 of 3 images cannot be used"): detector.score(tmp_path, out=tmp_path/"none.csv")
+    with pytest.raises(ValueError, match="3 of 3 images cannot be used"): detector.score(tmp_path)
     Image.new("RGB", (80, 80), "red").save(tmp_path/"3.jpg")
     with pytest.warns(UserWarning, match="3 of 4 images cannot be used"): detector.score(tmp_path, "a ring", out=tmp_path/"s.csv")
     assert read_scores(tmp_path/"none.csv").reason.ne("").all()
