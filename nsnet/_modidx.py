@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nsnet.captions._captions_in': ('captions.html#_captions_in', 'nsnet/captions.py'),
                                 'nsnet.captions._describe': ('captions.html#_describe', 'nsnet/captions.py'),
                                 'nsnet.captions._fill': ('captions.html#_fill', 'nsnet/captions.py'),
+                                'nsnet.captions._quiet': ('captions.html#_quiet', 'nsnet/captions.py'),
                                 'nsnet.captions._source': ('captions.html#_source', 'nsnet/captions.py'),
                                 'nsnet.captions._worded': ('captions.html#_worded', 'nsnet/captions.py'),
                                 'nsnet.captions.caption': ('captions.html#caption', 'nsnet/captions.py'),

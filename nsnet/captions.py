@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['captioner_name', 'Captioner', 'load_captioner', 'caption_accuracy', 'caption', 'caption_store', 'swap_captions']
 
-# %% ../nbs/09_captions.ipynb #f466c2e2
+# %% ../nbs/09_captions.ipynb #4d02acd1
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,17 @@ class Captioner:
         positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return min(self.max_new_tokens, positions - given) if positions else self.max_new_tokens
 
-# %% ../nbs/09_captions.ipynb #20fc49e6
+# %% ../nbs/09_captions.ipynb #8308bcc9
+@contextmanager
+def _quiet(quiet: bool):
+    "Without the progress bar of transformers: weights on the disk are read in a moment."
+    from transformers.utils import logging
+    quiet = quiet and logging.is_progress_bar_enabled()
+    if quiet: logging.disable_progress_bar()
+    try: yield
+    finally:
+        if quiet: logging.enable_progress_bar()
+
 def load_captioner(
     name: str | Path = "mini", # "mini", a directory or a hub name
     device: str | None = None, # None: a GPU where there is one
@@ -77,8 +88,9 @@ def load_captioner(
     dtype = torch.float32 if device == "cpu" else torch.float16
     full_name = captioner_name(name, max_new_tokens, prompt)
     try:
-        processor = AutoProcessor.from_pretrained(_source(name), trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype, trust_remote_code=False)
+        with _quiet(Path(_source(name)).is_dir()):
+            processor = AutoProcessor.from_pretrained(_source(name), trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(_source(name), dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"captioner {name}: cannot be loaded ({str(error).strip().partition(chr(10))[0]})") from None
     return Captioner(full_name, model.to(device).eval(), processor, max_new_tokens, prompt)

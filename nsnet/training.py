@@ -258,7 +258,7 @@ def _warn_of_few(val: Part) -> None:
     fake = int(val.y.sum())
     if min(fake, real := len(val.y) - fake) < 19: warnings.warn(
         f"validation has {real} real and {fake} generated images: with fewer than 19 of a label, the best epoch and "
-        "the threshold are chosen by chance, and all is unsure; use more images, or more val in nsnet.split", stacklevel=4)
+        "the threshold are chosen by chance, and all is unsure; use more images or more val in split", stacklevel=4)
 
 def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
     "What a detector was trained on, in a few words for its model card."
