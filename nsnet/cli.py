@@ -109,7 +109,7 @@ def _counted(table, out: str):
     counts = table.verdict.value_counts().reindex(["generated", "unsure", "real"], fill_value=0)
     return counts.to_frame(out).T.rename_axis("file").reset_index().assign(rejected=len(table) - counts.sum())
 
-# %% ../nbs/34_cli.ipynb #e446c22b
+# %% ../nbs/34_cli.ipynb #e03f2092
 @main.verb("nsnet score holiday/ photo.jpg --out scores.csv",
            option("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; - reads paths from stdin"),
            _MODEL, option("--out", metavar="FILE", help="scores.csv or scores.parquet, continued if it exists"), _SAID,
@@ -131,7 +131,7 @@ def _score(paths, model, out, caption, prevalence, batch_size, device, as_json) 
         table = _scored(detector, files, file, me, columns, **options)
     if table is None: return
     _name_rejected(table)
-    _caveat(detector)
+    if table.verdict.ne("").any(): _caveat(detector)
     if caption and not detector.needs_captions: warn("this detector does not read captions: --caption changes nothing")
     shown = _counted(table, out) if out else table if as_json else _readable(table)
     yield from lines(shown, as_json, list(shown))
