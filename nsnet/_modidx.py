@@ -569,6 +569,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nsnet.training': { 'nsnet.training.Part': ('training.html#part', 'nsnet/training.py'),
                                 'nsnet.training._accelerator': ('training.html#_accelerator', 'nsnet/training.py'),
                                 'nsnet.training._batch_of': ('training.html#_batch_of', 'nsnet/training.py'),
+                                'nsnet.training._begun': ('training.html#_begun', 'nsnet/training.py'),
                                 'nsnet.training._checked': ('training.html#_checked', 'nsnet/training.py'),
                                 'nsnet.training._described': ('training.html#_described', 'nsnet/training.py'),
                                 'nsnet.training._finished': ('training.html#_finished', 'nsnet/training.py'),

@@ -155,6 +155,11 @@ def _optimizer(net, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.amp.Gr
     optimizer = kind(learn, recipe.lr, weight_decay=recipe.weight_decay, fused=device == "cuda" or None)
     return optimizer, torch.amp.GradScaler(device, enabled=getattr(net.tower, "precision", None) == "fp16")
 
+def _begun(checkpoint: str | Path | None, state: tuple, key: str) -> tuple[dict, dict]:
+    "The run and the best weights of a checkpoint, whose state is put back; without one, those of a run that begins."
+    if checkpoint and Path(checkpoint).exists(): return _load_checkpoint(checkpoint, *state, key)
+    return dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}
+
 def _settle(run: dict, waiting: list, scaled: bool) -> None:
     "Bring steps (known, terms) into the history, in one transfer. ValueError for a loss that is NaN or infinite."
     rows = torch.stack([terms for _, terms in waiting]).tolist()
@@ -177,10 +182,9 @@ def fit(
 ) -> dict:                                # key, step, history (a dict per step), validation (per epoch), best_epoch
     "Train in place and leave the network with the weights of the best epoch."
     accelerator, n = _accelerator(next(net.parameters()).device), len(parts["train"].y)
-    (optimizer, scaler), steps_per_epoch = _optimizer(net, recipe), -(-n//recipe.batch_size)
-    total, waiting = steps_per_epoch*recipe.epochs, []
-    run, best = dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}
-    if checkpoint and Path(checkpoint).exists(): run, best = _load_checkpoint(checkpoint, net, optimizer, scaler, key)
+    state = net, optimizer, scaler = net, *_optimizer(net, recipe)
+    steps_per_epoch, waiting = -(-n//recipe.batch_size), []
+    total, (run, best) = steps_per_epoch*recipe.epochs, _begun(checkpoint, state, key)
     model = accelerator.prepare(net) if accelerator.num_processes > 1 else net
     for step in tqdm(range(run["step"], total), recipe.name, initial=run["step"], total=total, disable=not progress):
         net.train()
@@ -190,12 +194,10 @@ def fit(
         terms = train_step(model, optimizer, parts["train"], chosen, recipe, accelerator, scaler)
         waiting.append((dict(step=step, epoch=step//steps_per_epoch, lr=float(lr)), terms))
         run["step"] = step + 1
-        end = run["step"] % steps_per_epoch == 0
-        due = end or checkpoint_every and run["step"] % checkpoint_every == 0
+        due = (end := run["step"] % steps_per_epoch == 0) or checkpoint_every and run["step"] % checkpoint_every == 0
         if due or len(waiting) == 20: _settle(run, waiting, scaler.is_enabled())
         if end: best = _validate(net, parts["val"], run, best, recipe)
-        if checkpoint and due and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, net, optimizer, scaler, best, run)
+        if checkpoint and due and accelerator.is_main_process: _save_checkpoint(checkpoint, *state, best, run)
     load_trained_state(net, best)
     return run
 
@@ -246,7 +248,7 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
     part = parts["train"]
     net = build_network(recipe, backbone, projection_matrix(recipe, part.v, part.x, backbone))
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
-    return net.fit(part.x, part.y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
+    return net.fit(part.x, part.y, seed=seed), _begun(None, (), key)[0]
 
 # %% ../nbs/23_training.ipynb #bf4e3585
 def _warn_of_few(val: Part) -> None:
