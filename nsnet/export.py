@@ -32,12 +32,12 @@ class _Half(nn.Module):
     def forward(self, x): return x.half()
 
 def _plain(tower: nn.Module, half: bool) -> nn.Module:
-    "An image tower, in place: LoRA merged, attention unfolded, in float32 or float16, never in bfloat16."
+    "An image tower, in place: LoRA merged, attention unfolded, in float32 or float16 throughout, without autocast."
     if hasattr(tower.visual, "merge_and_unload"): tower.visual = tower.visual.merge_and_unload()
     if hasattr(tower.visual, "set_grad_checkpointing"): tower.visual.set_grad_checkpointing(False)
     _unfold_attention(tower.visual)
     if half: tower.visual = nn.Sequential(_Half(), tower.visual.half())
-    tower.bf16 = False
+    tower.forced = "fp32"
     return tower
 
 class _System(nn.Module):

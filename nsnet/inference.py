@@ -7,7 +7,7 @@ __all__ = ['preprocess', 'preprocess_all', 'network_inputs', 'projection_matrix'
            'calibrate', 'verdicts', 'probability_at', 'trained_state', 'load_trained_state', 'save_weights',
            'load_weights']
 
-# %% ../nbs/19_inference.ipynb #f5c60eeb
+# %% ../nbs/19_inference.ipynb #3bce60b8
 import json
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .baselines import Probe, radial_spectrum
-from .clip import Backbone, _take, image_features, inference_batch_size
+from .clip import Backbone, _take, image_features, inference_batch_size, to_device
 from .config import PreprocessConfig, Recipe
 from .images import atomic_write, open_image
 from .lora import add_lora
@@ -122,7 +122,7 @@ def build_network(
                 normalize_features=recipe.normalize_features, logits_on=recipe.logits_on)
     return net.to(backbone.device)
 
-# %% ../nbs/19_inference.ipynb #d8fff091
+# %% ../nbs/19_inference.ipynb #de131244
 def _filled(x: torch.Tensor, size: int) -> list[torch.Tensor]:
     "Batches of exactly `size` rows; the last one is filled up with copies of its last row."
     return [torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) for rows in x.split(size)]
@@ -139,7 +139,7 @@ def predict(
     device, size = next(iter(net.state_dict().values())).device, inference_batch_size(net, batch_size)
     outputs = []
     for a, b in zip(_filled(x, size), _filled(v, size)):
-        a, b = a.to(device), b.to(device)
+        a, b = to_device(a, device), to_device(b, device)
         outputs.append(NSNetOutput(None, net(a), None, None, a) if isinstance(net, Probe) else net(a, b))
     return NSNetOutput(*(None if t[0] is None else torch.cat(t)[:len(x)].float().cpu() for t in zip(*outputs)))
 
@@ -268,3 +268,26 @@ def load_weights(
         if mark == fingerprint(state): return state, facts
     except Exception: pass
     raise ValueError(f"{file} is damaged, or was not written by nsnet: get a fresh copy, or delete it and start again")
+
+# %% ../nbs/19_inference.ipynb #e95c72b2
+_OTHER = " (other recipe, images, captions, seed, backbone or precision): give another folder as out, or delete it"
+
+def _save_checkpoint(path, net, optimizer, scaler, best: dict, run: dict) -> None:
+    "Write everything that a run needs to go on."
+    tensors = {f"net/{n}": t for n, t in trained_state(net).items()} | {f"best/{n}": t for n, t in best.items()}
+    for n, p in net.named_parameters(): tensors |= {f"{k}/{n}": t.cpu() for k, t in optimizer.state.get(p, {}).items()}
+    save_weights(path, tensors, run | ({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}))
+
+def _load_checkpoint(path, net, optimizer, scaler, key: str) -> tuple[dict, dict]:
+    "Put a checkpoint back; its run and best weights. Raises ValueError for a damaged file or another run's."
+    tensors, run = load_weights(path)
+    if (run.get("key"), "scaler" in run) != (key, scaler.is_enabled()):
+        raise ValueError(f"{path} belongs to another run{_OTHER}")
+    def named(kind): return {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)}
+    load_trained_state(net, named("net/"))
+    learns = [n for n, p in net.named_parameters() if p.requires_grad]
+    moments = {i: {k: tensors[f"{k}/{n}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors}
+               for i, n in enumerate(learns)}
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state={i: kept for i, kept in moments.items() if kept}))
+    if scaler.is_enabled(): scaler.load_state_dict(run.pop("scaler"))
+    return run, named("best/")

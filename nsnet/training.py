@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/23_training.ipynb #1f4fd4f4
+# %% ../nbs/23_training.ipynb #def7794a
 import json
 import warnings
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .captions import _worded
-from .clip import Backbone, check_canvas, load_backbone, text_features
+from .clip import Backbone, check_canvas, load_backbone, text_features, to_device
 from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_for
 from .config import preset as known_preset
 from .detector import Detector
 from .images import atomic_write, write_rejected
-from .inference import (_config_key, _probability, build_network, calibrate, load_trained_state, load_weights,
-                             network_inputs, predict, preprocess_all, projection_matrix, save_weights, trained_state)
-from .losses import nsnet_loss
+from .inference import (_config_key, _load_checkpoint, _OTHER, _probability, _save_checkpoint, build_network,
+                             calibrate, load_trained_state, network_inputs, predict, preprocess_all, projection_matrix,
+                             trained_state)
+from .losses import LossTerms, nsnet_loss
 from .metrics import point_metrics
 from .storage import _require, fingerprint
 
@@ -97,7 +98,7 @@ def _reshuffled(canvases: Tensor, patch: int) -> Tensor:
     x = x[torch.arange(len(x))[:, None], order]
     return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/23_training.ipynb #a889b83c
+# %% ../nbs/23_training.ipynb #c50123e4
 def train_step(
     net: torch.nn.Module,         # NSNet, or what accelerate made of it
     optimizer: torch.optim.Optimizer,
@@ -105,55 +106,35 @@ def train_step(
     chosen: Tensor,               # indices of the images of this step
     recipe: Recipe,
     accelerator,                  # accelerate's Accelerator
-) -> dict[str, float]:            # total, contrastive, bce, alignment (eq. 21)
-    "One step of the optimiser. Raises ValueError for a loss that is NaN or infinite."
-    terms, device = np.zeros(4), next(net.parameters()).device
+    scaler: torch.amp.GradScaler | None = None,   # for a tower that learns in fp16
+) -> Tensor:                      # (5,) total, contrastive, bce, alignment (eq. 21); 1 where the step was skipped
+    "One step of the optimiser. What it returns lies on the device, where it may not have been computed yet."
+    device, scaler = next(net.parameters()).device, scaler or torch.amp.GradScaler(enabled=False)
+    terms, one = torch.zeros(4, dtype=torch.float64, device=device), torch.ones((), device=device)
+    scale = scaler.scale(one)
     optimizer.zero_grad()
     for rows in chosen.chunk(recipe.gradient_accumulation):
         share = len(rows)/len(chosen)
         mine = rows[accelerator.process_index::accelerator.num_processes]
-        x, y, v = (t[mine].to(device) for t in (part.x, part.y, part.v))
+        x, y, v = (to_device(t[mine], device) for t in (part.x, part.y, part.v))
         if recipe.reshuffle and part.patch: x = _reshuffled(x.cpu(), part.patch).to(device)
         f, logits, m, _, u = net(x, v)
         loss = nsnet_loss(f, logits, y, m, u, recipe.bce_weight, recipe.align_weight, recipe.temperature,
                           recipe.contrastive, recipe.align_reduction, gather=accelerator.num_processes > 1)
-        accelerator.backward(share*loss.total)
-        terms += share*np.array([term.item() for term in loss])
-    if not np.isfinite(terms).all(): raise ValueError(f"the loss is {terms[0]}: lower lr")
+        accelerator.backward(scaler.scale(share*loss.total))
+        terms += share*torch.stack(loss).detach().double()
+    scaler.unscale_(optimizer)
     if recipe.max_grad_norm:
         accelerator.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], recipe.max_grad_norm)
-    optimizer.step()
-    return dict(zip(loss._fields, terms.tolist()))
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.cat([terms, (scaler.scale(one) < scale)[None]])
 
-# %% ../nbs/23_training.ipynb #991f2622
-_OTHER = " (other recipe, images, captions, seed or backbone): give another folder as out, or delete it"
-
-def _save_checkpoint(path, net, optimizer, best: dict, run: dict) -> None:
-    "Write everything that a run needs to go on."
-    tensors = {f"net/{n}": t for n, t in trained_state(net).items()} | {f"best/{n}": t for n, t in best.items()}
-    for n, p in net.named_parameters(): tensors |= {f"{k}/{n}": t.cpu() for k, t in optimizer.state.get(p, {}).items()}
-    save_weights(path, tensors, run)
-
-def _load_checkpoint(path, net, optimizer, key: str) -> tuple[dict, dict]:
-    "Put a checkpoint back; its run and best weights. Raises ValueError for a damaged file or another run's."
-    tensors, run = load_weights(path)
-    if run.get("key") != key: raise ValueError(f"{path} belongs to another run{_OTHER}")
-    def named(kind): return {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)}
-    load_trained_state(net, named("net/"))
-    for n, p in net.named_parameters():
-        state = {k: tensors[f"{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors}
-        if state: optimizer.state[p] = {k: t.clone().to("cpu" if k == "step" else p.device) for k, t in state.items()}
-    return run, named("best/")
-
-# %% ../nbs/23_training.ipynb #a96793ef
-def _probabilities(net, part: Part) -> np.ndarray:
-    "Probabilities of being generated (n,) float64."
-    return _probability(predict(net, part.x, part.v).logits)
-
+# %% ../nbs/23_training.ipynb #65a3809e
 def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     "Append the epoch's validation figures; return the weights of the best epoch so far."
     both = len(set(part.y.tolist())) == 2
-    scored = point_metrics(part.y.numpy(), _probabilities(net, part)) if both else {}
+    scored = point_metrics(part.y.numpy(), _probability(predict(net, part.x, part.v).logits)) if both else {}
     run["validation"].append({k: scored.get(k, float("nan")) for k in ("accuracy", "average_precision", "auroc")})
     def rank(epoch): return epoch["accuracy"], epoch["average_precision"]
     behind = scored and rank(run["validation"][-1]) < max(map(rank, run["validation"]))
@@ -165,14 +146,30 @@ def _accelerator(device=None):
     "accelerate's view of the processes that train together; the first view in a program decides where they compute."
     from accelerate import Accelerator, PartialState
     PartialState(cpu=torch.device(device).type == "cpu" if device else not torch.cuda.is_available())
-    return Accelerator()
+    return Accelerator(mixed_precision="no")                          # `clip.precision_of` decides, and nothing else
 
-def _optimizer(net, recipe: Recipe) -> torch.optim.Optimizer:
-    "Adam or AdamW over the weights that learn."
-    kind = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[recipe.optimizer]
-    return kind([p for p in net.parameters() if p.requires_grad], recipe.lr, weight_decay=recipe.weight_decay)
+def _optimizer(net, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    "Adam or AdamW over the weights that learn, and a scaler that does nothing unless a tower learns in fp16."
+    learn = [p for p in net.parameters() if p.requires_grad]
+    kind, device = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[recipe.optimizer], learn[0].device.type
+    optimizer = kind(learn, recipe.lr, weight_decay=recipe.weight_decay, fused=device == "cuda" or None)
+    return optimizer, torch.amp.GradScaler(device, enabled=getattr(net.tower, "precision", None) == "fp16")
 
-# %% ../nbs/23_training.ipynb #8f4446ca
+def _begun(checkpoint: str | Path | None, state: tuple, key: str) -> tuple[dict, dict]:
+    "The run and the best weights of a checkpoint, whose state is put back; without one, those of a run that begins."
+    if checkpoint and Path(checkpoint).exists(): return _load_checkpoint(checkpoint, *state, key)
+    return dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}
+
+def _settle(run: dict, waiting: list, scaled: bool) -> None:
+    "Bring steps (known, terms) into the history, in one transfer. ValueError for a loss that is NaN or infinite."
+    rows = torch.stack([terms for _, terms in waiting]).tolist()
+    for (known, _), (*terms, skipped) in zip(waiting, rows):
+        if not np.isfinite(terms).all(): raise ValueError(f"the loss is {terms[0]}: lower lr")
+        noted = known | dict(zip(LossTerms._fields, terms))
+        run["history"].append(noted | dict(skipped=int(skipped)) if scaled else noted)
+    waiting.clear()
+
+# %% ../nbs/23_training.ipynb #82878919
 def fit(
     net: torch.nn.Module,                 # NSNet, untrained
     parts: dict[str, Part],               # "train" and "val"
@@ -185,22 +182,22 @@ def fit(
 ) -> dict:                                # key, step, history (a dict per step), validation (per epoch), best_epoch
     "Train in place and leave the network with the weights of the best epoch."
     accelerator, n = _accelerator(next(net.parameters()).device), len(parts["train"].y)
-    optimizer, steps_per_epoch = _optimizer(net, recipe), -(-n//recipe.batch_size)
-    total = steps_per_epoch*recipe.epochs
-    run, best = dict(key=key, step=0, history=[], validation=[], best_epoch=0), {}
-    if checkpoint and Path(checkpoint).exists(): run, best = _load_checkpoint(checkpoint, net, optimizer, key)
+    state = net, optimizer, scaler = net, *_optimizer(net, recipe)
+    steps_per_epoch, waiting = -(-n//recipe.batch_size), []
+    total, (run, best) = steps_per_epoch*recipe.epochs, _begun(checkpoint, state, key)
     model = accelerator.prepare(net) if accelerator.num_processes > 1 else net
     for step in tqdm(range(run["step"], total), recipe.name, initial=run["step"], total=total, disable=not progress):
         net.train()
         torch.manual_seed((seed*1_000_003 + step)*1009 + accelerator.process_index)
         lr = optimizer.param_groups[0]["lr"] = _learning_rate(step, total, recipe)
         chosen = _batch_of(step, n, recipe.batch_size, seed)
-        terms = train_step(model, optimizer, parts["train"], chosen, recipe, accelerator)
-        run["history"].append(dict(step=step, epoch=step//steps_per_epoch, lr=float(lr), **terms))
+        terms = train_step(model, optimizer, parts["train"], chosen, recipe, accelerator, scaler)
+        waiting.append((dict(step=step, epoch=step//steps_per_epoch, lr=float(lr)), terms))
         run["step"] = step + 1
-        if end := run["step"] % steps_per_epoch == 0: best = _validate(net, parts["val"], run, best, recipe)
-        due = end or checkpoint_every and run["step"] % checkpoint_every == 0
-        if checkpoint and due and accelerator.is_main_process: _save_checkpoint(checkpoint, net, optimizer, best, run)
+        due = (end := run["step"] % steps_per_epoch == 0) or checkpoint_every and run["step"] % checkpoint_every == 0
+        if due or len(waiting) == 20: _settle(run, waiting, scaler.is_enabled())
+        if end: best = _validate(net, parts["val"], run, best, recipe)
+        if checkpoint and due and accelerator.is_main_process: _save_checkpoint(checkpoint, *state, best, run)
     load_trained_state(net, best)
     return run
 
@@ -227,7 +224,7 @@ def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) ->
     if found != key: raise ValueError(f"{out} holds another run{_OTHER}")
     return Detector.from_pretrained(out, backbone=backbone, captioner=captioner)
 
-# %% ../nbs/23_training.ipynb #8c5d092a
+# %% ../nbs/23_training.ipynb #0983817f
 def _keep(out: Path, detector: Detector, run: dict) -> None:
     "Write a finished run, by the first process alone: detector, history, what was left out, and last run.json."
     together = _accelerator(detector.backbone.device)
@@ -238,7 +235,8 @@ def _keep(out: Path, detector: Detector, run: dict) -> None:
             table = pd.DataFrame(run[name])
             with atomic_write(out/f"{name}.csv") as file: table.to_csv(file, index=False, lineterminator="\n")
         if run["rejected"]: write_rejected(run["rejected"], out/"rejected.csv")
-        summary = json.dumps({k: run[k] for k in ("key", "step", "best_epoch", "temperature")})
+        summary = {k: run[k] for k in ("key", "step", "best_epoch", "temperature")}
+        summary = json.dumps(summary | dict(precision=detector.backbone.precision))
         with atomic_write(out/"run.json") as file: file.write_text(summary)
         (out/"checkpoint.safetensors").unlink(missing_ok=True)
     together.wait_for_everyone()
@@ -250,7 +248,7 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
     part = parts["train"]
     net = build_network(recipe, backbone, projection_matrix(recipe, part.v, part.x, backbone))
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
-    return net.fit(part.x, part.y, seed=seed), dict(key=key, step=0, history=[], validation=[], best_epoch=0)
+    return net.fit(part.x, part.y, seed=seed), _begun(None, (), key)[0]
 
 # %% ../nbs/23_training.ipynb #bf4e3585
 def _warn_of_few(val: Part) -> None:

@@ -75,5 +75,5 @@ def test_half_a_checkpoint_is_no_riddle(images, whole, tmp_path):
     "A damaged file is named, in one line; and no temporary file is taken for a checkpoint."
     from nsnet.training import _load_checkpoint
     (tmp_path/"checkpoint.safetensors").write_bytes((whole/"model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is damaged") as refusal: _load_checkpoint(tmp_path/"checkpoint.safetensors", None, None, "")
+    with pytest.raises(ValueError, match="is damaged") as refusal: _load_checkpoint(tmp_path/"checkpoint.safetensors", None, None, None, "")
     assert "\n" not in str(refusal.value)
