@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['page', 'launch']
 
-# %% ../nbs/32_page.ipynb #5aea8835
+# %% ../nbs/32_page.ipynb #ed0c9acb
 import base64
+import ctypes
 import html
 import os
 import re
@@ -78,7 +79,7 @@ def _knows(detector: Detector) -> str:
     return _html('<h1>Is this picture AI-generated?</h1><div class="card notice"><strong>What the loaded model knows:',
                  f"</strong> {known}. Pictures by any other camera, generator or editor can score either way.</div>")
 
-# %% ../nbs/32_page.ipynb #ae7522c1
+# %% ../nbs/32_page.ipynb #9306c4b4
 def _embedded(fig, said: str) -> str:
     "A matplotlib figure as an image inside HTML, so that no file is written."
     fig.savefig(file := BytesIO(), format="png", dpi=120)
@@ -92,11 +93,10 @@ def _fig_tested(tested: pd.DataFrame, score: Score):
     for label, name in enumerate(("real", "generated")):
         own = tested.score[tested.label.eq(label)]
         ax.hist(own, bins, weights=np.full(len(own), 1/max(len(own), 1)), alpha=.55, color=_COLORS[name])
-        ax.text(label, 1.02, ("photographs", "generated")[label], color=_COLORS[name], fontsize=10, va="bottom",
-                ha=("left", "right")[label], transform=ax.transAxes)
+        ax.set_title(("photographs", name)[label], loc=("left", "right")[label], color=_COLORS[name], fontsize=10)
     ax.axvspan(*score.unsure, color=_COLORS["unsure"], alpha=.15, lw=0)
     ax.axvline(score.score, color="black", lw=2)
-    ax.text(.5, 1.02, "│ this picture", fontsize=10, ha="center", va="bottom", transform=ax.transAxes)
+    ax.set_title("│ this picture", fontsize=10)
     ax.set(xlim=(-.01, 1.01), xlabel="score", ylabel="share of pictures")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -111,7 +111,7 @@ def _among(tested: pd.DataFrame | None, score: Score) -> str:
     said = f"{of[0]} test photographs and {of[1]} generated test pictures score as high as this one or higher."
     return _html(title, _embedded(_fig_tested(tested, score), said), f"<p>{said}</p>")
 
-# %% ../nbs/32_page.ipynb #cb0d0365
+# %% ../nbs/32_page.ipynb #6c15c51a
 _CHANGES = {"jpeg 75": "saved as JPEG 75", "half size": "half size and back", "crop": "cropped to 7/8"}
 
 def _everyday(detector: Detector, image, score: Score) -> pd.DataFrame:
@@ -130,8 +130,7 @@ def _moves(changes: pd.DataFrame, score: Score) -> str:
                  else f'<td colspan="2" class="faint">no score: {html.escape(reason)}</td>')
         return f"<tr><td>{change}</td>{found}</tr>"
     other = [f"“{_WORDS[verdict].lower()}”" for verdict in sorted({*changes.verdict} - {"", score.verdict})]
-    said = f"The verdict changes to {' and '.join(other)}." if other else "The verdict stays."
-    if not any(changes.verdict[1:]): said = "Whether the verdict would stay is not known."
+    said = f"The verdict changes to {' and '.join(other)}." if other else "None gives another verdict."
     return _html("<h2>After everyday changes</h2><table>", *(row(*r) for r in changes.itertuples(index=False)),
                  f"</table><p>{said}</p>")
 
@@ -274,7 +273,7 @@ class _Guard:
             await send(message)
         await self.app(scope, receive, kept)
 
-# %% ../nbs/32_page.ipynb #6180110f
+# %% ../nbs/32_page.ipynb #40e26346
 def launch(
     source: str | Path | Detector = "mini",  # as for `load_detector`, or a detector
     host: str = "127.0.0.1",                 # "0.0.0.0" lets other machines in
@@ -288,10 +287,11 @@ def launch(
     detector = source if isinstance(source, Detector) else load_detector(source)
     (blocks := page(detector, _examples(Path(folder.name, "examples")))).folder = folder     # deleted with the page
     safe = dict(max_file_size=_MOST, app_kwargs=dict(middleware=[(_Guard, (), {})]), mcp_server=False, ssr_mode=False)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    look = dict(theme=theme, footer_links=[], run_history=False, quiet=True, inline=False)
-    try: blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
-                       state_session_capacity=100, **safe, **look)      # a session keeps its last answer
+    look = dict(theme=gr.themes.Default(font="system-ui", font_mono="monospace"), footer_links=[], run_history=False)
+    if sys.platform == "linux":                                # memory that is free goes back to the system at once
+        for option, value in ((-3, 2**20), (-8, 4)): ctypes.CDLL(None).mallopt(option, value)
+    try: blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True, inline=False,
+                       quiet=True, max_threads=8, state_session_capacity=100, **safe, **look)
     except OSError: raise ValueError(f"port {port} of {host} is taken or cannot be used: choose another port") from None
     print(blocks.share_url or blocks.local_url, flush=True)
     if not wait: return blocks
