@@ -77,8 +77,8 @@ class Server:
 def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("page")/"log.txt")
     yield server
-    if server.process.poll() is None: server.process.kill()
-    server.process.wait()
+    server.process.terminate()                                 # it deletes its uploads
+    server.process.wait(60)
 
 
 @pytest.fixture(scope="module")
