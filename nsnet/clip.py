@@ -6,11 +6,13 @@
 __all__ = ['has_bf16', 'ImageTower', 'Backbone', 'load_backbone', 'check_canvas', 'inference_batch_size', 'text_features',
            'image_features']
 
-# %% ../nbs/11_clip.ipynb #279bb3ee
+# %% ../nbs/11_clip.ipynb #2f636c6e
 import copy
 import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .storage import Tensors, asset, fingerprint
+from .images import _ahead
+from .storage import Arrays, Rows, asset, fingerprint
 
-# %% ../nbs/11_clip.ipynb #e4ab721e
+# %% ../nbs/11_clip.ipynb #0dfff2e7
 def has_bf16(
     device,     # a torch device, or its name
 ) -> bool:
@@ -39,13 +42,19 @@ class ImageTower(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def forward(self, x):
+    def _pixels(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(f"canvases must be (B, M, M, 3) uint8, got {tuple(x.shape)} {x.dtype}")
-        if not len(x): return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers refuse an empty batch
-        pixels = (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
+        return (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
+
+    def _run(self, function, x):
         low = self.bf16 and has_bf16(x.device)
-        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext(): return self.visual(pixels).float()
+        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext(): return function(x).float()
+
+    def forward(self, x):
+        pixels = self._pixels(x)
+        if len(x): return self._run(self.visual, pixels)
+        return self(x.new_zeros(1, *x.shape[1:]))[:0]                    # open_clip's towers refuse an empty batch
 
 # %% ../nbs/11_clip.ipynb #bd7a8cdb
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #54a7db55
+# %% ../nbs/11_clip.ipynb #81068d1c
 def inference_batch_size(
     net: nn.Module,           # a tower or a network, with weights
     asked: int | None = None, # what a caller wants
@@ -158,24 +167,40 @@ def inference_batch_size(
     weights = list(net.state_dict().values())
     return 2 if weights[0].device.type == "cpu" and sum(w.numel() for w in weights) > 2e7 else 64
 
-def _take(store: Tensors, keys: list, shape: tuple) -> torch.Tensor:
+def _rows(store: Arrays, keys: list, shape: tuple) -> Rows:
     "The stored rows of all keys, in order. Raises ValueError where they have another shape, or were damaged on disk."
-    rows = store.take(keys)
-    if rows.shape[1:] == shape: return rows
+    if store.kind[1] == shape: return store.rows(keys)
     where = f"{store.folder} is damaged: delete it, and it is made anew" if store.folder else "the model is damaged"
-    raise ValueError(f"{where} (shape {tuple(rows.shape[1:])}, not {shape})")
+    raise ValueError(f"{where} (shape {store.kind[1]}, not {shape})")
 
-def _fill(store, keys, batch_size, compute, desc, progress, width):
-    "Compute and store what is missing, in batches of one size; return the rows of all keys in order."
-    missing = [k for k in dict.fromkeys(keys) if k not in store]
-    for i in tqdm(range(0, len(missing), batch_size), desc=desc, disable=not progress or not missing):
-        batch = missing[i:i + batch_size]
-        full = batch + batch[-1:]*(batch_size - len(batch))
-        store.add(batch, compute(full).float()[:len(batch)])
-    return _take(store, keys, (width,))
+def _batches(pairs: Iterable, size: int) -> Iterator[tuple[list, list]]:
+    "Keys and what they stand for, a batch at a time; the last is filled up with copies of its last row."
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, size)):
+        keys, items = map(list, zip(*batch))
+        items += items[-1:]*(size - len(items))
+        yield keys, items if isinstance(items[0], str) else torch.from_numpy(np.stack([np.asarray(x) for x in items]))
 
-# %% ../nbs/11_clip.ipynb #aac47ae3
-@torch.no_grad()
+def _fill(store: Arrays, pairs: Iterable, n: int, size: int, compute: Callable, desc: str, progress: bool) -> None:
+    "Compute and store what n (key, item) pairs become, in batches of one size; the next one is read meanwhile."
+    if not n: return
+    with tqdm(total=n, desc=desc, disable=not progress) as bar, torch.no_grad():
+        for keys, batch in _ahead(_batches(pairs, size)):
+            store.add(keys, compute(batch).float()[:len(keys)])
+            bar.update(len(keys))
+
+# %% ../nbs/11_clip.ipynb #9b0d14fd
+def _text_rows(backbone: Backbone, captions: list, cache, batch_size: int | None, progress: bool) -> Rows:
+    "Text embeddings of captions, each distinct one computed once and left in the store."
+    if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
+    size = inference_batch_size(backbone.model, batch_size)
+    store = Arrays(cache and Path(cache)/f"text-{backbone.weights}")
+    missing = [c for c in dict.fromkeys(captions) if c not in store]
+    store.reserve(len(missing), "float32", (backbone.embed_dim,))
+    def encode(batch): return backbone.model.encode_text(backbone.tokenizer(batch).to(backbone.device))
+    _fill(store, zip(missing, missing), len(missing), size, encode, "captions to features", progress)
+    return _rows(store, captions, (backbone.embed_dim,))
+
 def text_features(
     backbone: Backbone,
     captions: list,            # N > 0 strings
@@ -184,25 +209,31 @@ def text_features(
     progress: bool = True,
 ) -> torch.Tensor:             # (N, d) float32 on the CPU
     "Text embeddings V, computed once for each distinct caption."
-    if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
-    store = Tensors(cache and Path(cache)/f"text-{backbone.weights}")
-    def encode(batch): return backbone.model.encode_text(backbone.tokenizer(list(batch)).to(backbone.device))
-    size = inference_batch_size(backbone.model, batch_size)
-    return _fill(store, list(captions), size, encode, "captions to features", progress, backbone.embed_dim)
+    return _text_rows(backbone, list(captions), cache, batch_size, progress)[:]
 
-@torch.no_grad()
+# %% ../nbs/11_clip.ipynb #69f8ab0a
+def _image_store(backbone: Backbone, cache) -> Arrays:
+    "Where the embeddings of canvases are kept, under the canvases' names."
+    return Arrays(cache and Path(cache)/f"image-{backbone.image_key}")
+
+def _embed(backbone: Backbone, store: Arrays, canvases: Iterable, n: int, batch_size=None, progress=True) -> None:
+    "Compute and store the embeddings of n (name, canvas) pairs, as they come."
+    store.reserve(n, "float32", (backbone.embed_dim,))
+    tower = backbone.image_tower()
+    def encode(batch): return tower(batch.to(backbone.device))
+    _fill(store, canvases, n, inference_batch_size(tower, batch_size), encode, "canvases to features", progress)
+
 def image_features(
     backbone: Backbone,
-    canvases: np.ndarray,      # (N, M, M, 3) uint8, N > 0
-    keys: list = None,         # N names that stand for the canvases' content; None: their fingerprints
-    cache=None,                # folder of stored features; None: nothing is stored
-    batch_size: int = None,    # canvases at a time; None: see `inference_batch_size`
+    canvases: np.ndarray | Rows,  # (N, M, M, 3) uint8, N > 0
+    keys: list = None,            # N names that stand for the canvases' content; None: their fingerprints
+    cache=None,                   # folder of stored features; None: nothing is stored
+    batch_size: int = None,       # canvases at a time; None: see `inference_batch_size`
     progress: bool = True,
-) -> torch.Tensor:             # (N, d) float32 on the CPU
+) -> torch.Tensor:                # (N, d) float32 on the CPU
     "Embeddings U of canvases by the frozen image tower, computed once for each."
     keys = [fingerprint(c) for c in canvases] if keys is None else list(keys)
-    where, tower = {k: i for i, k in enumerate(keys)}, backbone.image_tower()
-    store = Tensors(cache and Path(cache)/f"image-{backbone.image_key}")
-    def encode(batch): return tower(torch.from_numpy(np.stack([canvases[where[k]] for k in batch])).to(backbone.device))
-    size = inference_batch_size(tower, batch_size)
-    return _fill(store, keys, size, encode, "canvases to features", progress, backbone.embed_dim)
+    where, store = {k: i for i, k in enumerate(keys)}, _image_store(backbone, cache)
+    missing = [k for k in dict.fromkeys(keys) if k not in store]
+    _embed(backbone, store, ((k, canvases[where[k]]) for k in missing), len(missing), batch_size, progress)
+    return _rows(store, keys, (backbone.embed_dim,))[:]

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['read_scores', 'score_to_file']
 
-# %% ../nbs/21_scoring.ipynb #566bc183
+# %% ../nbs/21_scoring.ipynb #bf7d4f2a
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from glob import escape
@@ -27,11 +26,11 @@ from PIL import Image
 from .captions import _worded, load_captioner
 from .clip import inference_batch_size, text_features
 from .config import PreprocessConfig
-from .images import ImageError, _opened, atomic_write, content_hash
+from .images import ImageError, _ahead, _opened, atomic_write, content_hash, open_collection
 from .index import list_images
 from .inference import _probability, network_inputs, predict, preprocess, probability_at, verdicts
 from .model import NSNetOutput
-from .storage import _append, _lines, _read_at, _require, open_collection, refuse_if_mostly_rejected
+from .storage import _append, _lines, _read_at, _require, refuse_if_mostly_rejected
 
 # %% ../nbs/21_scoring.ipynb #5c7e1783
 def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> pd.DataFrame:
@@ -85,16 +84,6 @@ def _answer(detector, arrays: np.ndarray, captions: list[str], batch_size: int |
     _probability(out.logits)                                  # refuses NaN
     return out
 
-# %% ../nbs/21_scoring.ipynb #50409c00
-def _ahead(items: Iterator) -> Iterator:
-    "The items of an iterator, each but the first made in a thread while the caller uses the one before."
-    item = next(items, end := object())                        # here, so that worker processes belong to the caller
-    with ThreadPoolExecutor(1) as thread:
-        while item is not end:
-            coming = thread.submit(next, items, end)
-            yield item
-            item = coming.result()
-
 # %% ../nbs/21_scoring.ipynb #7f73bcba
 def _batches(detector, rows: pd.DataFrame, batch_size: int, progress: bool) -> Iterator[tuple]:
     "For every batch: its usable rows with captions and hashes, their arrays; [(row number, reason)] of the rest."
@@ -114,7 +103,7 @@ def _stream(detector, rows: pd.DataFrame, batch_size: int | None = None, progres
         out = _answer(detector, np.stack(arrays), list(found.said), batch_size) if arrays else None
         yield found, out, rows.iloc[[int(i) for i, _ in rejected]].assign(reason=[reason for _, reason in rejected])
 
-# %% ../nbs/21_scoring.ipynb #b0b7a1e4
+# %% ../nbs/21_scoring.ipynb #d49ab91e
 _SHOWN = ["path", "score", "probability", "verdict", "caption", "caption_from", "seconds"]
 _KEPT, _NUMBERS = [*_SHOWN, "reason", "sha256", "detector"], ["score", "probability", "seconds"]
 
@@ -143,7 +132,6 @@ def _table(detector, records: list[dict], prevalence: float) -> pd.DataFrame:
     table["probability"] = probability_at(table.score, prevalence)
     table["verdict"] = pd.Series(verdicts(table.score, detector.unsure), dtype=object).where(known, "")
     return table.fillna({name: "" for name in _KEPT if name not in _NUMBERS})
-
 
 # %% ../nbs/21_scoring.ipynb #9ebbe39c
 def _places(parts: list[Path], mark: str) -> dict[str, tuple[Path, int]]:
