@@ -156,7 +156,7 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #81068d1c
+# %% ../nbs/11_clip.ipynb #f13c317f
 def inference_batch_size(
     net: nn.Module,           # a tower or a network, with weights
     asked: int | None = None, # what a caller wants
@@ -167,11 +167,11 @@ def inference_batch_size(
     weights = list(net.state_dict().values())
     return 2 if weights[0].device.type == "cpu" and sum(w.numel() for w in weights) > 2e7 else 64
 
-def _rows(store: Arrays, keys: list, shape: tuple) -> Rows:
-    "The stored rows of all keys, in order. Raises ValueError where they have another shape, or were damaged on disk."
-    if store.kind[1] == shape: return store.rows(keys)
+def _rows(store: Arrays, keys: list, kind: tuple) -> Rows:
+    "The stored rows of all keys, in order. Raises ValueError where they are of another kind: dtype and shape."
+    if store.kind == kind: return store.rows(keys)
     where = f"{store.folder} is damaged: delete it, and it is made anew" if store.folder else "the model is damaged"
-    raise ValueError(f"{where} (shape {store.kind[1]}, not {shape})")
+    raise ValueError(f"{where} ({store.kind}, not {kind})")
 
 def _batches(pairs: Iterable, size: int) -> Iterator[tuple[list, list]]:
     "Keys and what they stand for, a batch at a time; the last is filled up with copies of its last row."
@@ -189,7 +189,7 @@ def _fill(store: Arrays, pairs: Iterable, n: int, size: int, compute: Callable, 
             store.add(keys, compute(batch).float()[:len(keys)])
             bar.update(len(keys))
 
-# %% ../nbs/11_clip.ipynb #9b0d14fd
+# %% ../nbs/11_clip.ipynb #e49bd3d7
 def _text_rows(backbone: Backbone, captions: list, cache, batch_size: int | None, progress: bool) -> Rows:
     "Text embeddings of captions, each distinct one computed once and left in the store."
     if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
@@ -199,7 +199,7 @@ def _text_rows(backbone: Backbone, captions: list, cache, batch_size: int | None
     store.reserve(len(missing), "float32", (backbone.embed_dim,))
     def encode(batch): return backbone.model.encode_text(backbone.tokenizer(batch).to(backbone.device))
     _fill(store, zip(missing, missing), len(missing), size, encode, "captions to features", progress)
-    return _rows(store, captions, (backbone.embed_dim,))
+    return _rows(store, captions, ("float32", (backbone.embed_dim,)))
 
 def text_features(
     backbone: Backbone,
@@ -211,7 +211,7 @@ def text_features(
     "Text embeddings V, computed once for each distinct caption."
     return _text_rows(backbone, list(captions), cache, batch_size, progress)[:]
 
-# %% ../nbs/11_clip.ipynb #69f8ab0a
+# %% ../nbs/11_clip.ipynb #4443912d
 def _image_store(backbone: Backbone, cache) -> Arrays:
     "Where the embeddings of canvases are kept, under the canvases' names."
     return Arrays(cache and Path(cache)/f"image-{backbone.image_key}")
@@ -236,4 +236,4 @@ def image_features(
     where, store = {k: i for i, k in enumerate(keys)}, _image_store(backbone, cache)
     missing = [k for k in dict.fromkeys(keys) if k not in store]
     _embed(backbone, store, ((k, canvases[where[k]]) for k in missing), len(missing), batch_size, progress)
-    return _rows(store, keys, (backbone.embed_dim,))[:]
+    return _rows(store, keys, ("float32", (backbone.embed_dim,)))[:]

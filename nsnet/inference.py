@@ -39,21 +39,21 @@ def preprocess(
     select = known.get(config.kind, partial(select_patches_by, config.kind))
     return select(image, config.patch, config.canvas, config.seed)
 
-# %% ../nbs/19_inference.ipynb #69475587
+# %% ../nbs/19_inference.ipynb #4ecd8a40
 def _config_key(config: PreprocessConfig) -> str:
     "A name for what `preprocess` makes of an image, without the fields that do not matter to its kind."
     chosen = config.patch, config.canvas, config.seed, "v2"       # the version of the rules by which patches are chosen
     used = dict(spectrum=(), whole=(config.canvas,)).get(config.kind, chosen)
     return "-".join(map(str, (config.kind, *used)))
 
-def _shape(config: PreprocessConfig) -> tuple[int, ...]:
-    "The shape of what `preprocess` makes of an image."
-    return (96,) if config.kind == "spectrum" else (config.canvas, config.canvas, 3)
+def _kind(config: PreprocessConfig) -> tuple[str, tuple[int, ...]]:
+    "Type and shape of what `preprocess` makes of an image."
+    return ("float32", (96,)) if config.kind == "spectrum" else ("uint8", (config.canvas, config.canvas, 3))
 
 def _canvas_store(config: PreprocessConfig, cache, n: int) -> Arrays:
     "Where canvases are kept, with room for those of n more images. Raises ValueError where there is none."
     store = Arrays(cache and Path(cache)/f"canvases-{_config_key(config)}")
-    store.reserve(n, "float32" if config.kind == "spectrum" else "uint8", _shape(config))
+    store.reserve(n, *_kind(config))
     return store
 
 def _canvases(rows: pd.DataFrame, root, config: PreprocessConfig, store: Arrays | None, reasons: dict, bar: bool):
@@ -67,13 +67,13 @@ def _canvases(rows: pd.DataFrame, root, config: PreprocessConfig, store: Arrays 
         if store is not None and new: store.add([key for key, _ in new], np.stack([x for _, x in new]))
         yield from ((keys[i], store.rows([keys[i]])[0] if x is None else x) for i, x in made)
 
-# %% ../nbs/19_inference.ipynb #b53ca7ea
-def _usable(index: pd.DataFrame, root, store: Arrays, keys: list[str], reasons: dict, shape: tuple) -> tuple:
+# %% ../nbs/19_inference.ipynb #3648ca8d
+def _usable(index: pd.DataFrame, root, store: Arrays, keys: list[str], reasons: dict, kind: tuple) -> tuple:
     "The stored rows of an index's images, the images that have one, [(path, reason)] of the rest."
     usable = np.array([key in store for key in keys])
     rejected = [(path, reasons[sha]) for path, sha in zip(index.path[~usable], index.sha256[~usable])]
     refuse_if_mostly_rejected(rejected, len(index), root)
-    return _rows(store, [key for key, there in zip(keys, usable) if there], shape), index[usable], rejected
+    return _rows(store, [key for key, there in zip(keys, usable) if there], kind), index[usable], rejected
 
 def preprocess_all(
     index: pd.DataFrame,       # images with sha256, at least one
@@ -88,7 +88,7 @@ def preprocess_all(
     missing = index[[key not in known for key in index.sha256]].drop_duplicates("sha256")
     store = _canvas_store(config, cache, len(missing))
     for _ in _canvases(missing, root, config, store, reasons, progress): pass
-    return _usable(index, root, store, list(index.sha256), reasons, _shape(config))
+    return _usable(index, root, store, list(index.sha256), reasons, _kind(config))
 
 # %% ../nbs/19_inference.ipynb #056766b4
 def _learns(recipe: Recipe) -> bool: return recipe.kind == "nsnet" and bool(recipe.lora_rank)
@@ -107,7 +107,7 @@ def network_inputs(
     keys = keys and [f"{key}-{_config_key(config)}" for key in keys]
     return image_features(backbone, arrays, keys, cache, progress=progress)
 
-# %% ../nbs/19_inference.ipynb #fc9cf608
+# %% ../nbs/19_inference.ipynb #e58573da
 def prepare_inputs(
     index: pd.DataFrame,       # images with sha256, at least one
     root: str | Path,          # folder that their paths start from
@@ -126,9 +126,9 @@ def prepare_inputs(
     stream = _canvases(missing, root, config, canvases, reasons, False)
     named = ((f"{sha}-{_config_key(config)}", canvas) for sha, canvas in stream)
     _embed(backbone, store, named, len(missing), progress=progress)
-    return _usable(index, root, store, keys, reasons, (backbone.embed_dim,))
+    return _usable(index, root, store, keys, reasons, ("float32", (backbone.embed_dim,)))
 
-# %% ../nbs/19_inference.ipynb #2b7e1b53
+# %% ../nbs/19_inference.ipynb #ceba1cb5
 def _adapted_tower(recipe: Recipe, backbone: Backbone) -> LoraTower:
     "The image tower with a recipe's adapters, untrained."
     return add_lora(backbone.image_tower(), recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets,
@@ -147,10 +147,11 @@ def inputs_above(
     tower = _adapted_tower(recipe, backbone) if same and cache and recipe.epochs > 1 and recipe.lora_blocks else None
     if not getattr(tower, "first", 0): return x
     store = Arrays(Path(cache)/f"blocks-{tower.first}-{backbone.image_key}")
-    keys, shape = [f"{k}-{_config_key(config)}" for k in x.keys], tower.below(x[:1].to(backbone.device)).shape[1:]
-    try: store.reserve(sum(key not in store for key in set(keys)), "float32", tuple(shape))
+    keys = [f"{key}-{_config_key(config)}" for key in x.keys]
+    kind = "float32", tuple(tower.below(x[:1].to(backbone.device)).shape[1:])
+    try: store.reserve(sum(key not in store for key in set(keys)), *kind)
     except ValueError as error: warnings.warn(f"the blocks below {tower.first} run in every epoch: {error}")
-    else: return _rows(store, keys, tuple(shape)) if _keep_below(tower, x, store, keys, recipe.batch_size, progress) else x
+    else: return _rows(store, keys, kind) if _keep_below(tower, x, store, keys, recipe.batch_size, progress) else x
     return x
 
 # %% ../nbs/19_inference.ipynb #8389b457
