@@ -515,7 +515,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nsnet.training._learning_rate': ('training.html#_learning_rate', 'nsnet/training.py'),
                                 'nsnet.training._load_checkpoint': ('training.html#_load_checkpoint', 'nsnet/training.py'),
                                 'nsnet.training._optimizer': ('training.html#_optimizer', 'nsnet/training.py'),
-                                'nsnet.training._probabilities': ('training.html#_probabilities', 'nsnet/training.py'),
+                                'nsnet.training._order': ('training.html#_order', 'nsnet/training.py'),
                                 'nsnet.training._read': ('training.html#_read', 'nsnet/training.py'),
                                 'nsnet.training._save_checkpoint': ('training.html#_save_checkpoint', 'nsnet/training.py'),
                                 'nsnet.training._validate': ('training.html#_validate', 'nsnet/training.py'),

@@ -6,7 +6,7 @@
 __all__ = ['preprocess', 'preprocess_all', 'network_inputs', 'prepare_inputs', 'inputs_above', 'projection_matrix',
            'build_network', 'predict', 'unsure_band', 'calibrate', 'verdicts', 'probability_at']
 
-# %% ../nbs/19_inference.ipynb #fe7c4d68
+# %% ../nbs/19_inference.ipynb #27500754
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +25,7 @@ from .metrics import calibrate_temperature, calibrate_threshold
 from .model import NSNet, NSNetOutput, _kinds, _learned
 from .nullspace import global_projection, global_projection_as_released, leace_projection
 from .patches import select_patches, select_patches_as_released, select_patches_by, whole_image
-from .storage import Arrays, Rows, _require, refuse_if_mostly_rejected
+from .storage import Arrays, Rows, _require, _row_bytes, refuse_if_mostly_rejected
 
 # %% ../nbs/19_inference.ipynb #75302e48
 def preprocess(
@@ -39,7 +39,7 @@ def preprocess(
     select = known.get(config.kind, partial(select_patches_by, config.kind))
     return select(image, config.patch, config.canvas, config.seed)
 
-# %% ../nbs/19_inference.ipynb #4ecd8a40
+# %% ../nbs/19_inference.ipynb #2b858dde
 def _config_key(config: PreprocessConfig) -> str:
     "A name for what `preprocess` makes of an image, without the fields that do not matter to its kind."
     chosen = config.patch, config.canvas, config.seed, "v2"       # the version of the rules by which patches are chosen
@@ -61,7 +61,8 @@ def _canvases(rows: pd.DataFrame, root, config: PreprocessConfig, store: Arrays 
     keys = list(rows.sha256)
     sources = [None if store and key in store else Path(root)/path for key, path in zip(keys, rows.path)]
     def work(path): return None if path is None else preprocess(open_image(path), config)
-    for made, refused in open_collection(sources, work, keys, desc="preprocessing", progress=bar):
+    workers = None if any(sources) else 0
+    for made, refused in open_collection(sources, work, keys, desc="preprocessing", progress=bar, workers=workers):
         reasons |= dict(refused)
         new = [(keys[i], x) for i, x in made if x is not None]
         if store is not None and new: store.add([key for key, _ in new], np.stack([x for _, x in new]))
@@ -128,7 +129,7 @@ def prepare_inputs(
     _embed(backbone, store, named, len(missing), progress=progress)
     return _usable(index, root, store, keys, reasons, ("float32", (backbone.embed_dim,)))
 
-# %% ../nbs/19_inference.ipynb #ceba1cb5
+# %% ../nbs/19_inference.ipynb #1357af52
 def _adapted_tower(recipe: Recipe, backbone: Backbone) -> LoraTower:
     "The image tower with a recipe's adapters, untrained."
     return add_lora(backbone.image_tower(), recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets,
@@ -149,9 +150,11 @@ def inputs_above(
     store = Arrays(Path(cache)/f"blocks-{tower.first}-{backbone.image_key}")
     keys = [f"{key}-{_config_key(config)}" for key in x.keys]
     kind = "float32", tuple(tower.below(x[:1].to(backbone.device)).shape[1:])
+    desc = f"blocks below {tower.first}, {len(set(keys))*_row_bytes(*kind)/1e9:,.1f} GB"
     try: store.reserve(sum(key not in store for key in set(keys)), *kind)
     except ValueError as error: warnings.warn(f"the blocks below {tower.first} run in every epoch: {error}")
-    else: return _rows(store, keys, kind) if _keep_below(tower, x, store, keys, recipe.batch_size, progress) else x
+    else:
+        if _keep_below(tower, x, store, keys, recipe.batch_size, desc, progress): return _rows(store, keys, kind)
     return x
 
 # %% ../nbs/19_inference.ipynb #8389b457

@@ -121,7 +121,7 @@ def add_lora(
     tower.visual, tower.__class__, tower.first = get_peft_model(tower.visual, config), LoraTower, first
     return tower
 
-# %% ../nbs/12_lora.ipynb #aad0e3da
+# %% ../nbs/12_lora.ipynb #b18dd4b4
 def _agree(tower, canvases: torch.Tensor, tokens: torch.Tensor) -> bool:
     "Whether a tower computes the same from stored tokens as from canvases: to the bit, on a GPU but for rounding."
     device = tower.mean.device
@@ -129,12 +129,12 @@ def _agree(tower, canvases: torch.Tensor, tokens: torch.Tensor) -> bool:
     return torch.equal(a, b) if device.type == "cpu" else bool((a - b).norm() < .02*a.norm())
 
 @torch.no_grad()
-def _keep_below(tower, x: Rows, store: Arrays, keys: list[str], size: int, progress: bool) -> bool:
+def _keep_below(tower, x: Rows, store: Arrays, keys: list[str], size: int, desc="blocks below", progress=True) -> bool:
     "Store what enters the first adapted block, the first `size` rows for a trial. Returns whether it can be used."
     device, at = tower.mean.device, {key: i for i, key in enumerate(keys)}
     for part in (keys[:size], keys):
         new = [key for key in dict.fromkeys(part) if key not in store]
         pairs, batch = ((key, x[at[key]]) for key in new), inference_batch_size(tower)
-        _fill(store, pairs, len(new), batch, lambda c: tower.below(c.to(device)).cpu(), "blocks below", progress)
+        _fill(store, pairs, len(new), batch, lambda c: tower.below(c.to(device)).cpu(), desc, progress)
         if part is not keys and not _agree(tower, x[:size], store.rows(part)[:]): return False
     return True

@@ -156,7 +156,7 @@ def _read_rows(file: Path, at: np.ndarray, out) -> None:
                 if not (n := f.readinto(place)): raise ValueError(f"{file} is too short: delete {file.parent}")
                 place = place[n:]
 
-# %% ../nbs/02_storage.ipynb #3e31549e
+# %% ../nbs/02_storage.ipynb #ddc71607
 class Arrays:
     "Rows of one shape and type by key, in a folder: appended as they are made, read when they are asked for."
     def __init__(self,
@@ -222,7 +222,7 @@ class Arrays:
         "Raise ValueError where the disk would not hold them."
         place = self.folder and next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         needed, free = n*_row_bytes(dtype, shape), shutil.disk_usage(place).free if place else float("inf")
-        if needed > free: raise ValueError(
+        if needed > .9*free: raise ValueError(
             f"{self.folder} will take {needed/1e9:,.1f} GB for {n:,} rows, and the disk has {free/1e9:,.1f} GB free: "
             "make room, or give another folder as cache")
 

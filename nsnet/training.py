@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/23_training.ipynb #ad711877
+# %% ../nbs/23_training.ipynb #be5f25a5
 import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def prepare(
     def only(t, chosen): return t.only(chosen) if isinstance(t, Rows) else t[chosen]
     return {s: Part(*(only(t, chosen) for t in (x, y, v)), patch) for s, chosen in picked.items()}, rejected
 
-# %% ../nbs/23_training.ipynb #cb73f382
+# %% ../nbs/23_training.ipynb #61e69a16
 def _learning_rate(step: int, total: int, recipe: Recipe) -> float:
     "The learning rate of a step, counted from 0: linear warm-up, then constant or half a cosine."
     rise = max(1, round(recipe.warmup*total)) if recipe.warmup else 0
@@ -86,11 +87,13 @@ def _learning_rate(step: int, total: int, recipe: Recipe) -> float:
     if recipe.schedule == "constant": return recipe.lr
     return recipe.lr*(1 + np.cos(np.pi*(step - rise)/max(1, total - rise)))/2
 
+@lru_cache(2)
+def _order(n: int, key: int) -> Tensor: return torch.randperm(n, generator=torch.Generator().manual_seed(key))
+
 def _batch_of(step: int, n: int, size: int, seed: int) -> Tensor:
     "Which of n images a step takes: a new shuffle in every epoch, whose last batch may be smaller than `size`."
     epoch, i = divmod(step, -(-n//size))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*1_000_003 + epoch))
-    return order[i*size:(i + 1)*size]
+    return _order(n, seed*1_000_003 + epoch)[i*size:(i + 1)*size]
 
 # %% ../nbs/23_training.ipynb #a889b83c
 def train_step(
@@ -140,15 +143,11 @@ def _load_checkpoint(path, net, optimizer, key: str) -> tuple[dict, dict]:
         if state: optimizer.state[p] = {k: t.clone().to("cpu" if k == "step" else p.device) for k, t in state.items()}
     return run, named("best/")
 
-# %% ../nbs/23_training.ipynb #e611078e
-def _probabilities(net, part: Part) -> np.ndarray:
-    "Probabilities of being generated (n,) float64."
-    return _probability(_logits(net, part.x, part.v))
-
+# %% ../nbs/23_training.ipynb #0be3c9a7
 def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     "Append the epoch's validation figures; return the weights of the best epoch so far."
     both = len(set(part.y.tolist())) == 2
-    scored = point_metrics(part.y.numpy(), _probabilities(net, part)) if both else {}
+    scored = point_metrics(part.y.numpy(), _probability(_logits(net, part.x, part.v))) if both else {}
     run["validation"].append({k: scored.get(k, float("nan")) for k in ("accuracy", "average_precision", "auroc")})
     def rank(epoch): return epoch["accuracy"], epoch["average_precision"]
     behind = scored and rank(run["validation"][-1]) < max(map(rank, run["validation"]))

@@ -304,18 +304,22 @@ def epoch(n, out):
         assert features.rows(features.keys).shape == (n, 3)
     part = Part(x, torch.zeros(n), Rows(store, np.zeros(n)))
     part.v.__class__ = type("Nothing", (Rows,), dict(__getitem__=lambda self, which: None))
-    begin, read = time.perf_counter(), 0
+    begin, busy, read = time.perf_counter(), time.process_time(), 0
     for _, images in _read(part, range(-(-n//64)), 64, seed=0): read += images.x.nbytes
     assert read == n*224*224*3
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-    (out/f"{n}.json").write_text(json.dumps(dict(bytes=read, seconds=seconds, peak=peak)))
+    (out/f"{n}.json").write_text(json.dumps(dict(bytes=read, seconds=seconds, busy=time.process_time() - busy, peak=peak)))
     shutil.rmtree(out/f"canvases-{n}")
 
 
 def measured(n, out):
-    assert finish(start(epoch, n, out)) == 0
+    process = start(epoch, n, out)
+    process.join(3000)
+    assert process.exitcode == 0
     found = json.loads((out/f"{n}.json").read_text())
-    print(f"{n:,} canvases: {found['bytes']/found['seconds']/1e9:.2f} GB/s, peak {found['peak']/1e6:,.0f} MB, {found['seconds']:.1f} s")
+    rates = [found["bytes"]/found[key]/1e9 for key in ("seconds", "busy")]
+    print("{:,} canvases: {:.2f} GB/s in {:.0f} s, {:.2f} GB/s of the processor's own time, peak {:,.0f} MB".format(
+        n, rates[0], found["seconds"], rates[1], found["peak"]/1e6))
     return found
 
 
@@ -329,4 +333,4 @@ def test_ten_times_the_images_in_the_same_memory(tmp_path):
 def test_as_large_as_genimage(tmp_path):
     "324,000 canvases of 224 pixels, 49 GB: one epoch in random order, in less than 2 GB."
     found = measured(324_000, tmp_path)
-    assert found["peak"] < 2e9
+    assert found["peak"] < 2e9 and found["bytes"]/found["busy"] > 1e9
