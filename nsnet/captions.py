@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['captioner_name', 'Captioner', 'load_captioner', 'caption_accuracy', 'caption', 'caption_store', 'swap_captions']
 
-# %% ../nbs/09_captions.ipynb #4d02acd1
+# %% ../nbs/09_captions.ipynb #07883558
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .images import open_image, write_rejected
+from .images import open_collection, open_image, write_rejected
 from .scenes import WORDS
-from .storage import Records, _require, asset, fingerprint, open_collection, refuse_if_mostly_rejected
+from .storage import Records, _require, asset, fingerprint, refuse_if_mostly_rejected
 
 # %% ../nbs/09_captions.ipynb #699cc4ad
 _KNOWN = {"mini"} | {f"Salesforce/blip{name}" for name in (

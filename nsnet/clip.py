@@ -6,11 +6,13 @@
 __all__ = ['precision_of', 'ImageTower', 'Backbone', 'load_backbone', 'check_canvas', 'inference_batch_size', 'to_device',
            'text_features', 'image_features']
 
-# %% ../nbs/11_clip.ipynb #279bb3ee
+# %% ../nbs/11_clip.ipynb #2f636c6e
 import copy
 import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .storage import Tensors, asset, fingerprint
+from .images import _ahead
+from .storage import Arrays, Rows, asset, fingerprint
 
 # %% ../nbs/11_clip.ipynb #da4cb286
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +43,7 @@ def _computed_in(precision: str, device):
     if precision == "fp32": return nullcontext()
     return torch.autocast(torch.device(device).type, _HALF[precision])
 
-# %% ../nbs/11_clip.ipynb #4f913eaf
+# %% ../nbs/11_clip.ipynb #82be933c
 class ImageTower(nn.Module):
     "Canvases (B, M, M, 3) uint8 to embeddings (B, d) float32, before the ℓ2 normalisation. B may be 0."
     def __init__(self,
@@ -59,12 +62,18 @@ class ImageTower(nn.Module):
         "What it computes in: fp32, bf16 or fp16."
         return self.forced or precision_of(self.mean.device)
 
-    def forward(self, x):
+    def _pixels(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(f"canvases must be (B, M, M, 3) uint8, got {tuple(x.shape)} {x.dtype}")
-        if not x.shape[0]: return self(x.new_zeros(1, *x.shape[1:]))[:0]     # open_clip's towers refuse an empty batch
-        pixels = (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
-        with _computed_in(self.precision, x.device): return self.visual(pixels).float()
+        return (x.permute(0, 3, 1, 2).to(self.mean.dtype)/255 - self.mean)/self.std
+
+    def _run(self, function, x):
+        with _computed_in(self.precision, x.device): return function(x).float()
+
+    def forward(self, x):
+        pixels = self._pixels(x)
+        if x.shape[0]: return self._run(self.visual, pixels)
+        return self(x.new_zeros(1, *x.shape[1:]))[:0]                    # open_clip's towers refuse an empty batch
 
 # %% ../nbs/11_clip.ipynb #8b794a93
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #fead8727
+# %% ../nbs/11_clip.ipynb #e3fd2a05
 def inference_batch_size(
     net: nn.Module,           # a tower or a network, with weights
     asked: int | None = None, # what a caller wants
@@ -191,21 +200,27 @@ def inference_batch_size(
     count = getattr(net, "n_weights", None) or sum(w.numel() for w in weights)
     return 2 if weights[0].device.type == "cpu" and count > 2e7 else 64
 
-def _take(store: Tensors, keys: list, shape: tuple) -> torch.Tensor:
-    "The stored rows of all keys, in order. Raises ValueError where they have another shape, or were damaged on disk."
-    rows = store.take(keys)
-    if rows.shape[1:] == shape: return rows
+def _rows(store: Arrays, keys: list, kind: tuple) -> Rows:
+    "The stored rows of all keys, in order. Raises ValueError where they are of another kind: dtype and shape."
+    if store.kind == kind: return store.rows(keys)
     where = f"{store.folder} is damaged: delete it, and it is made anew" if store.folder else "the model is damaged"
-    raise ValueError(f"{where} (shape {tuple(rows.shape[1:])}, not {shape})")
+    raise ValueError(f"{where} ({store.kind}, not {kind})")
 
-def _fill(store, keys, batch_size, compute, desc, progress, width):
-    "Compute and store what is missing, in batches of one size; return the rows of all keys in order."
-    missing = [k for k in dict.fromkeys(keys) if k not in store]
-    for i in tqdm(range(0, len(missing), batch_size), desc=desc, disable=not progress or not missing):
-        batch = missing[i:i + batch_size]
-        full = batch + batch[-1:]*(batch_size - len(batch))
-        store.add(batch, compute(full)[:len(batch)])
-    return _take(store, keys, (width,))
+def _batches(pairs: Iterable, size: int) -> Iterator[tuple[list, list]]:
+    "Keys and what they stand for, a batch at a time; the last is filled up with copies of its last row."
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, size)):
+        keys, items = map(list, zip(*batch))
+        items += items[-1:]*(size - len(items))
+        yield keys, items if isinstance(items[0], str) else torch.from_numpy(np.stack([np.asarray(x) for x in items]))
+
+def _fill(store: Arrays, pairs: Iterable, n: int, size: int, compute: Callable, desc: str, progress: bool) -> None:
+    "Compute and store what n (key, item) pairs become, in batches of one size; the next one is read meanwhile."
+    if not n: return
+    with tqdm(total=n, desc=desc, disable=not progress) as bar, torch.no_grad():
+        for keys, batch in _ahead(_batches(pairs, size)):
+            store.add(keys, compute(batch).float()[:len(keys)])
+            bar.update(len(keys))
 
 # %% ../nbs/11_clip.ipynb #97a03ad3
 def to_device(
@@ -216,8 +231,17 @@ def to_device(
     if torch.device(device).type != "cuda" or not (x.is_cpu and torch.cuda.is_available()): return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
-# %% ../nbs/11_clip.ipynb #438756c3
-@torch.no_grad()
+# %% ../nbs/11_clip.ipynb #864f1b97
+def _text_rows(backbone: Backbone, captions: list, cache, batch_size: int | None, progress: bool) -> Rows:
+    "Text embeddings of captions, each distinct one computed once and left in the store."
+    if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
+    size = inference_batch_size(backbone.model, batch_size)
+    store = Arrays(cache and Path(cache)/f"text-{backbone.image_key}")
+    missing = [c for c in dict.fromkeys(captions) if c not in store]
+    store.reserve(len(missing), "float32", (backbone.embed_dim,))
+    _fill(store, zip(missing, missing), len(missing), size, backbone.text_tower, "captions to features", progress)
+    return _rows(store, captions, ("float32", (backbone.embed_dim,)))
+
 def text_features(
     backbone: Backbone,
     captions: list,            # N > 0 strings
@@ -226,25 +250,31 @@ def text_features(
     progress: bool = True,
 ) -> torch.Tensor:             # (N, d) float32 on the CPU
     "Text embeddings V, computed once for each distinct caption."
-    if not all(isinstance(c, str) for c in captions): raise ValueError("captions must be text")
-    store = Tensors(cache and Path(cache)/f"text-{backbone.image_key}")
-    size, name = inference_batch_size(backbone.model, batch_size), "captions to features"
-    return _fill(store, list(captions), size, backbone.text_tower, name, progress, backbone.embed_dim)
+    return _text_rows(backbone, list(captions), cache, batch_size, progress)[:]
 
-@torch.no_grad()
+# %% ../nbs/11_clip.ipynb #6e9add39
+def _image_store(backbone: Backbone, cache) -> Arrays:
+    "Where the embeddings of canvases are kept, under the canvases' names."
+    return Arrays(cache and Path(cache)/f"image-{backbone.image_key}")
+
+def _embed(backbone: Backbone, store: Arrays, canvases: Iterable, n: int, batch_size=None, progress=True) -> None:
+    "Compute and store the embeddings of n (name, canvas) pairs, as they come."
+    store.reserve(n, "float32", (backbone.embed_dim,))
+    tower = backbone.image_tower()
+    def encode(batch): return tower(to_device(batch, backbone.device))
+    _fill(store, canvases, n, inference_batch_size(tower, batch_size), encode, "canvases to features", progress)
+
 def image_features(
     backbone: Backbone,
-    canvases: np.ndarray,      # (N, M, M, 3) uint8, N > 0
-    keys: list = None,         # N names that stand for the canvases' content; None: their fingerprints
-    cache=None,                # folder of stored features; None: nothing is stored
-    batch_size: int = None,    # canvases at a time; None: see `inference_batch_size`
+    canvases: np.ndarray | Rows,  # (N, M, M, 3) uint8, N > 0
+    keys: list = None,            # N names that stand for the canvases' content; None: their fingerprints
+    cache=None,                   # folder of stored features; None: nothing is stored
+    batch_size: int = None,       # canvases at a time; None: see `inference_batch_size`
     progress: bool = True,
-) -> torch.Tensor:             # (N, d) float32 on the CPU
+) -> torch.Tensor:                # (N, d) float32 on the CPU
     "Embeddings U of canvases by the frozen image tower, computed once for each."
     keys = [fingerprint(c) for c in canvases] if keys is None else list(keys)
-    where, tower = {k: i for i, k in enumerate(keys)}, backbone.image_tower()
-    store = Tensors(cache and Path(cache)/f"image-{backbone.image_key}")
-    def rows(batch): return torch.from_numpy(np.stack([canvases[where[k]] for k in batch]))
-    def encode(batch): return tower(to_device(rows(batch), backbone.device))
-    size = inference_batch_size(tower, batch_size)
-    return _fill(store, keys, size, encode, "canvases to features", progress, backbone.embed_dim)
+    where, store = {k: i for i, k in enumerate(keys)}, _image_store(backbone, cache)
+    missing = [k for k in dict.fromkeys(keys) if k not in store]
+    _embed(backbone, store, ((k, canvases[where[k]]) for k in missing), len(missing), batch_size, progress)
+    return _rows(store, keys, ("float32", (backbone.embed_dim,)))[:]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/22_detector.ipynb #83344088
+# %% ../nbs/22_detector.ipynb #536774e4
 import json
 import warnings
 from copy import deepcopy
@@ -18,13 +18,13 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 
 from .captions import _KNOWN
 from .clip import Backbone, check_canvas, load_backbone
-from .config import RECIPES, PreprocessConfig, Recipe, _converted
+from .config import RECIPES, PreprocessConfig, Preset, Recipe, _converted
 from .config import recipe as recipe_named
 from .explain import fig_explanation
 from .images import ImageError, _opened, atomic_write
-from .inference import (_config_key, _expected_kinds, _refuse_other, build_network, load_trained_state, load_weights,
-                             save_weights, trained_state, verdicts)
+from .inference import _config_key, _expected_kinds, build_network, verdicts
 from .metrics import evaluate
+from .model import _refuse_other, load_trained_state, load_weights, save_weights, trained_state
 from .model import NSNet, NSNetOutput
 from .scoring import (_SHOWN, _answer, _captioned, _rows, _scored, _seen, _stream, _table, score_to_file)
 from .storage import asset, fingerprint, refuse_if_mostly_rejected
@@ -136,7 +136,13 @@ def _located(source: str | Path, download: dict) -> Path:
     except Exception as error: why = type(error).__name__
     raise ValueError(f"{source}: neither a folder nor a repository that can be fetched ({why})")
 
-# %% ../nbs/22_detector.ipynb #39078680
+# %% ../nbs/22_detector.ipynb #141c13a6
+def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
+    "What a detector was trained on, in a few words for its model card."
+    real, fake = (index[(index.split == "train") & (index.label == label)] for label in (0, 1))
+    made_by = ", ".join(sorted(set(fake.generator.astype(str))))
+    return f"{len(real):,} real and {len(fake):,} generated images ({made_by}), preset {preset.name}, seed {seed}"
+
 def _measured(detector) -> str:
     "A Markdown table of AUROC and accuracy for each generator, with 95 % intervals over the images."
     tested = detector.tested

@@ -6,7 +6,7 @@
 __all__ = ['CONTROLS', 'caption_control', 'Inputs', 'confounded', 'Trial', 'run_trial', 'run_trials', 'score_table', 'fact_table',
            'save_scores', 'load_scores']
 
-# %% ../nbs/27_experiments.ipynb #a7b97e74
+# %% ../nbs/27_experiments.ipynb #4bc7bbbd
 import gzip
 import warnings
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from .baselines import predictability, read_out
 from .captions import swap_captions
-from .clip import Backbone, image_features, text_features
+from .clip import Backbone, text_features
 from .config import Preset, Recipe, preprocess_config
 from .explain import removed_share
-from .images import atomic_write
-from .inference import _probability, calibrate, network_inputs, predict, preprocess_all
+from .images import _in_workers, atomic_write
+from .inference import _probability, calibrate, predict, prepare_inputs
 from .model import NSNet
 from .scenes import WORDS, true_caption
-from .storage import Records, _in_workers, _require, fingerprint
+from .storage import Records, Rows, _require, fingerprint
 from .training import Part, _learned
 
 # %% ../nbs/27_experiments.ipynb #b4fcdc80
@@ -54,7 +54,7 @@ def caption_control(
     groups = [index.split] if control == "shuffled" else [index.split, *(index[word] for word in WORDS)]
     return list(_permuted(index.caption, groups, rng))
 
-# %% ../nbs/27_experiments.ipynb #0e2daa2f
+# %% ../nbs/27_experiments.ipynb #c438c103
 class Inputs:
     "The images of an experiment as networks take them: computed once, shared by all trials."
     def __init__(self,
@@ -73,13 +73,13 @@ class Inputs:
         if key not in self._known: self._known[key] = compute()
         return self._known[key]
 
-    def x(self, recipe: Recipe, seed: int = 0) -> Tensor:
+    def x(self, recipe: Recipe, seed: int = 0) -> Tensor | Rows:
         "What a recipe's network sees of all images (n, …). ValueError for an image that cannot be used."
         seen = preprocess_config(recipe, self.preset, seed)
         def compute():
-            arrays, rows, bad = preprocess_all(self.index, self.root, seen, self.cache, self.progress)
+            x, _, bad = prepare_inputs(self.index, self.root, recipe, seen, self.backbone, self.cache, self.progress)
             if bad: raise ValueError(f"{bad[0][0]}: {bad[0][1]}; remove it from the index")
-            return network_inputs(arrays, list(rows.sha256), recipe, seen, self.backbone, self.cache, self.progress)
+            return x if x.ndim > 2 else x[:]                   # canvases stay where they are
         return self._once(("x", seen, bool(recipe.lora_rank), recipe.kind), compute)
 
     def text(self, captions: list[str]) -> Tensor:
@@ -102,7 +102,8 @@ class Inputs:
         x, v, used = self.x(recipe, seed), self.v(control, seed), True if used is None else np.asarray(used)
         patch = self.preset.patch if recipe.lora_rank and recipe.patches != "whole" else None
         chosen = {s: torch.tensor((self.index.split.eq(s) & used).to_numpy()) for s in ("train", "val", "test")}
-        return {s: Part(x[rows], y[rows], v[rows], patch) for s, rows in chosen.items()}
+        def of(rows): return x.only(rows) if isinstance(x, Rows) else x[rows]
+        return {s: Part(of(rows), y[rows], v[rows], patch) for s, rows in chosen.items()}
 
 # %% ../nbs/27_experiments.ipynb #bd01280e
 def confounded(

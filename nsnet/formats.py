@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRANSFORMS', 'format_report', 'metadata_scores', 'balance_formats', 'normalise_format', 'transform']
 
-# %% ../nbs/06_formats.ipynb #2ade2fed
+# %% ../nbs/06_formats.ipynb #9f4c8e5b
 import hashlib
 import warnings
 from contextlib import suppress
@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter, ImageOps
 
-from .images import ImageError, _below, atomic_write, open_image
+from .images import ImageError, _below, atomic_write, open_collection, open_image
 from .index import draw_order, scan
-from .storage import _require, open_collection, refuse_if_mostly_rejected
+from .storage import _require, refuse_if_mostly_rejected
 
 # %% ../nbs/06_formats.ipynb #dbcbde1c
 def _file_format(file):

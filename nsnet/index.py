@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'list_images', 'scan', 'Layout', 'index_folder', 'save_index', 'load_index', 'draw_order', 'split']
 
-# %% ../nbs/03_index.ipynb #382c0175
+# %% ../nbs/03_index.ipynb #b75bb949
 import os
 import re
 from collections import Counter
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .images import (_below, _look_alikes, _one_line, _perceptual_hash, atomic_write, content_hash, open_image,
-                          write_rejected)
-from .storage import Records, _require, fingerprint, open_collection, refuse_if_mostly_rejected
+from .images import (_below, _look_alikes, _one_line, _perceptual_hash, atomic_write, content_hash,
+                          open_collection, open_image, write_rejected)
+from .storage import Records, _require, fingerprint, refuse_if_mostly_rejected
 
 # %% ../nbs/03_index.ipynb #ea3bc13f
 pd.options.mode.string_storage = "python"                    # a file's name need not be text that Arrow takes

@@ -196,6 +196,16 @@ def draw_patches(
         ax.add_patch(Rectangle(*frame, fill=False, lw=2.4, color="white"))
         ax.add_patch(Rectangle(*frame, fill=False, lw=1.3, color=color, ls=style))
 
+# %% ../nbs/10_patches.ipynb #a319ea34
+def _reshuffled(canvases, patch: int):
+    "Canvases (B, M, M, 3), a tensor, with their patches in a random order, another for each, from torch's generator."
+    import torch
+    m = canvases.shape[1]//patch
+    x = canvases.unflatten(2, (m, patch)).unflatten(1, (m, patch)).transpose(2, 3).flatten(1, 2)  # (B, K, n, n, 3)
+    order = torch.rand(len(x), m*m).argsort(1)
+    x = x[torch.arange(len(x))[:, None], order]
+    return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
 # %% ../nbs/10_patches.ipynb #127419a9
 _RULES = {
     "highest": lambda patches, entropy, k: _extreme(patches, entropy, min(k, len(entropy))),

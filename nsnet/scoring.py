@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['read_scores', 'score_to_file']
 
-# %% ../nbs/21_scoring.ipynb #919d123f
+# %% ../nbs/21_scoring.ipynb #d990f746
 import csv
 import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from glob import escape
 from importlib.util import find_spec
@@ -24,17 +23,17 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from .captions import _worded, load_captioner
 from .clip import inference_batch_size, text_features
 from .config import PreprocessConfig
-from .images import ImageError, _opened, atomic_write, content_hash
+from .images import ImageError, _ahead, _opened, atomic_write, content_hash, open_collection
 from .index import list_images
 from .inference import _probability, network_inputs, predict, preprocess, probability_at, verdicts
 from .model import NSNetOutput
-from .storage import _alone, _append, _lines, _read_at, _require, open_collection
+from .storage import _append, _lines, _read_at, _require
 
 # %% ../nbs/21_scoring.ipynb #afaf35cb
 def _rows(images, captions: list[str] | None = None, root: str | Path = ".") -> pd.DataFrame:
@@ -88,16 +87,6 @@ def _answer(detector, arrays: np.ndarray, captions: list[str], batch_size: int |
     out = predict(detector.net, x, v, batch_size)
     _probability(out.logits)                                  # refuses NaN
     return out
-
-# %% ../nbs/21_scoring.ipynb #50409c00
-def _ahead(items: Iterator) -> Iterator:
-    "The items of an iterator, each but the first made in a thread while the caller uses the one before."
-    item = next(items, end := object())                        # here, so that worker processes belong to the caller
-    with ThreadPoolExecutor(1) as thread:
-        while item is not end:
-            coming = thread.submit(next, items, end)
-            yield item
-            item = coming.result()
 
 # %% ../nbs/21_scoring.ipynb #7f73bcba
 def _batches(detector, rows: pd.DataFrame, batch_size: int, progress: bool) -> Iterator[tuple]:
@@ -238,6 +227,19 @@ def _missing(rows: pd.DataFrame, places: dict, size: int, rank: int, ranks: int,
         done[[known[i] for i, same in found if same]] = True
     batches = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][rank::ranks]
     return rows.iloc[[i for batch in batches if not done[batch].all() for i in batch]]
+
+# %% ../nbs/21_scoring.ipynb #554f0db9
+@contextmanager
+def _alone(file: Path):
+    "Keep other processes from a file. Raises ValueError while one writes it."
+    locks = [file.with_name(f".{file.name}.{what}") for what in ("run", "lock")]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks[0], timeout=0):
+            try: yield
+            finally:
+                for lock in locks: lock.unlink(missing_ok=True)
+    except Timeout: raise ValueError(f"another process is writing {file}: wait, or give another name") from None
 
 # %% ../nbs/21_scoring.ipynb #b4e9e76e
 def _parts(journal: Path) -> list[Path]:

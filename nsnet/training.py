@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/23_training.ipynb #def7794a
+# %% ../nbs/23_training.ipynb #e2026989
 import json
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +20,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .captions import _worded
-from .clip import Backbone, check_canvas, load_backbone, text_features, to_device
+from .clip import Backbone, _text_rows, check_canvas, load_backbone, to_device
 from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_for
 from .config import preset as known_preset
-from .detector import Detector
-from .images import atomic_write, write_rejected
-from .inference import (_config_key, _load_checkpoint, _OTHER, _probability, _save_checkpoint, build_network,
-                             calibrate, load_trained_state, network_inputs, predict, preprocess_all, projection_matrix,
-                             trained_state)
+from .detector import Detector, _described
+from .images import _ahead, atomic_write, write_rejected
+from .inference import (_config_key, _logits, _probability, build_network, calibrate, inputs_above, prepare_inputs,
+                             projection_matrix)
 from .losses import LossTerms, nsnet_loss
 from .metrics import point_metrics
-from .storage import _require, fingerprint
+from .model import _OTHER, _load_checkpoint, _save_checkpoint, load_trained_state, trained_state
+from .patches import _reshuffled
+from .storage import Rows, _require, fingerprint
 
-# %% ../nbs/23_training.ipynb #8219bf4a
+# %% ../nbs/23_training.ipynb #e5ad5b60
 @dataclass
 class Part:
     "The images of one split, ready for the network."
-    x: Tensor                  # (n, …) canvases uint8, features, or spectra
+    x: Tensor | Rows           # (n, …) canvases uint8, features, spectra, or tokens of a tower
     y: Tensor                  # (n,) float, 0 real, 1 generated
-    v: Tensor                  # (n, d) embeddings of the captions
+    v: Tensor | Rows           # (n, d) embeddings of the captions
     patch: int | None = None   # side of the patches that x consists of; None: not of patches
 
 def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
@@ -54,7 +57,7 @@ def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
         raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
     return used
 
-# %% ../nbs/23_training.ipynb #44b65c3a
+# %% ../nbs/23_training.ipynb #d53fdd21
 def prepare(
     index: pd.DataFrame,        # with split and caption
     root: str | Path,           # folder the paths start from
@@ -66,16 +69,17 @@ def prepare(
 ) -> tuple[dict[str, Part], list]:  # {"train": Part, "val": Part}, [(path, reason)] of what cannot be used
     "Training and validation data. Raises ValueError for a missing label, caption or tower, or mostly unusable images."
     used = _checked(index, recipe)
-    arrays, rows, rejected = preprocess_all(used, root, config, cache, progress)
-    x = network_inputs(arrays, list(rows.sha256), recipe, config, backbone, cache, progress)
+    x, rows, rejected = prepare_inputs(used, root, recipe, config, backbone, cache, progress)
+    x = inputs_above(x, recipe, config, backbone, cache, progress)
     y = torch.tensor(rows.label.to_numpy(), dtype=torch.float32)
     if recipe.kind != "nsnet": v = torch.zeros(len(rows), 1)
-    else: v = text_features(backbone, list(rows.caption), cache, progress=progress)
+    else: v = _text_rows(backbone, list(rows.caption), cache, None, progress)
     patch = config.patch if recipe.lora_rank and config.kind != "whole" else None
     picked = {s: torch.tensor((rows.split == s).tolist()) for s in ("train", "val")}
-    return {s: Part(x[chosen], y[chosen], v[chosen], patch) for s, chosen in picked.items()}, rejected
+    def only(t, chosen): return t.only(chosen) if isinstance(t, Rows) else t[chosen]
+    return {s: Part(*(only(t, chosen) for t in (x, y, v)), patch) for s, chosen in picked.items()}, rejected
 
-# %% ../nbs/23_training.ipynb #cb73f382
+# %% ../nbs/23_training.ipynb #61e69a16
 def _learning_rate(step: int, total: int, recipe: Recipe) -> float:
     "The learning rate of a step, counted from 0: linear warm-up, then constant or half a cosine."
     rise = max(1, round(recipe.warmup*total)) if recipe.warmup else 0
@@ -83,20 +87,13 @@ def _learning_rate(step: int, total: int, recipe: Recipe) -> float:
     if recipe.schedule == "constant": return recipe.lr
     return recipe.lr*(1 + np.cos(np.pi*(step - rise)/max(1, total - rise)))/2
 
+@lru_cache(2)
+def _order(n: int, key: int) -> Tensor: return torch.randperm(n, generator=torch.Generator().manual_seed(key))
+
 def _batch_of(step: int, n: int, size: int, seed: int) -> Tensor:
     "Which of n images a step takes: a new shuffle in every epoch, whose last batch may be smaller than `size`."
     epoch, i = divmod(step, -(-n//size))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed*1_000_003 + epoch))
-    return order[i*size:(i + 1)*size]
-
-# %% ../nbs/23_training.ipynb #51163b62
-def _reshuffled(canvases: Tensor, patch: int) -> Tensor:
-    "Canvases (B, M, M, 3) with their patches in a random order, another for each, from torch's generator."
-    m = canvases.shape[1]//patch
-    x = canvases.unflatten(2, (m, patch)).unflatten(1, (m, patch)).transpose(2, 3).flatten(1, 2)  # (B, K, n, n, 3)
-    order = torch.rand(len(x), m*m).argsort(1)
-    x = x[torch.arange(len(x))[:, None], order]
-    return x.unflatten(1, (m, m)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return _order(n, seed*1_000_003 + epoch)[i*size:(i + 1)*size]
 
 # %% ../nbs/23_training.ipynb #c50123e4
 def train_step(
@@ -130,11 +127,11 @@ def train_step(
     scaler.update()
     return torch.cat([terms, (scaler.scale(one) < scale)[None]])
 
-# %% ../nbs/23_training.ipynb #65a3809e
+# %% ../nbs/23_training.ipynb #e867b942
 def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     "Append the epoch's validation figures; return the weights of the best epoch so far."
     both = len(set(part.y.tolist())) == 2
-    scored = point_metrics(part.y.numpy(), _probability(predict(net, part.x, part.v).logits)) if both else {}
+    scored = point_metrics(part.y.numpy(), _probability(_logits(net, part.x, part.v))) if both else {}
     run["validation"].append({k: scored.get(k, float("nan")) for k in ("accuracy", "average_precision", "auroc")})
     def rank(epoch): return epoch["accuracy"], epoch["average_precision"]
     behind = scored and rank(run["validation"][-1]) < max(map(rank, run["validation"]))
@@ -169,7 +166,15 @@ def _settle(run: dict, waiting: list, scaled: bool) -> None:
         run["history"].append(noted | dict(skipped=int(skipped)) if scaled else noted)
     waiting.clear()
 
-# %% ../nbs/23_training.ipynb #82878919
+# %% ../nbs/23_training.ipynb #9f3c8ab5
+def _read(part: Part, steps: Iterable[int], size: int, seed: int) -> Iterator[tuple[int, Part]]:
+    "For every step its number and its images, which were read while the step before was taken."
+    def read(step):
+        chosen = _batch_of(step, len(part.y), size, seed)
+        return step, Part(part.x[chosen], part.y[chosen], part.v[chosen], part.patch)
+    return _ahead(map(read, steps))
+
+# %% ../nbs/23_training.ipynb #61c27c5f
 def fit(
     net: torch.nn.Module,                 # NSNet, untrained
     parts: dict[str, Part],               # "train" and "val"
@@ -181,17 +186,17 @@ def fit(
     progress: bool = True,                # show a bar
 ) -> dict:                                # key, step, history (a dict per step), validation (per epoch), best_epoch
     "Train in place and leave the network with the weights of the best epoch."
-    accelerator, n = _accelerator(next(net.parameters()).device), len(parts["train"].y)
-    state = net, optimizer, scaler = net, *_optimizer(net, recipe)
-    steps_per_epoch, waiting = -(-n//recipe.batch_size), []
+    accelerator, state = _accelerator(next(net.parameters()).device), (net, *_optimizer(net, recipe))
+    _, optimizer, scaler = state
+    steps_per_epoch, waiting = -(-len(parts["train"].y)//recipe.batch_size), []
     total, (run, best) = steps_per_epoch*recipe.epochs, _begun(checkpoint, state, key)
     model = accelerator.prepare(net) if accelerator.num_processes > 1 else net
-    for step in tqdm(range(run["step"], total), recipe.name, initial=run["step"], total=total, disable=not progress):
+    steps = _read(parts["train"], range(run["step"], total), recipe.batch_size, seed)
+    for step, batch in tqdm(steps, recipe.name, initial=run["step"], total=total, disable=not progress):
         net.train()
         torch.manual_seed((seed*1_000_003 + step)*1009 + accelerator.process_index)
         lr = optimizer.param_groups[0]["lr"] = _learning_rate(step, total, recipe)
-        chosen = _batch_of(step, n, recipe.batch_size, seed)
-        terms = train_step(model, optimizer, parts["train"], chosen, recipe, accelerator, scaler)
+        terms = train_step(model, optimizer, batch, torch.arange(len(batch.y)), recipe, accelerator, scaler)
         waiting.append((dict(step=step, epoch=step//steps_per_epoch, lr=float(lr)), terms))
         run["step"] = step + 1
         due = (end := run["step"] % steps_per_epoch == 0) or checkpoint_every and run["step"] % checkpoint_every == 0
@@ -250,19 +255,13 @@ def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: i
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
     return net.fit(part.x, part.y, seed=seed), _begun(None, (), key)[0]
 
-# %% ../nbs/23_training.ipynb #bf4e3585
+# %% ../nbs/23_training.ipynb #e4e3ba24
 def _warn_of_few(val: Part) -> None:
     "Warn where chance chooses the best epoch and the threshold."
     fake = int(val.y.sum())
     if min(fake, real := len(val.y) - fake) < 19: warnings.warn(
         f"validation has {real} real and {fake} generated images: with fewer than 19 of a label, the best epoch and "
         "the threshold are chosen by chance, and all is unsure; use more images or more val in split", stacklevel=4)
-
-def _described(index: pd.DataFrame, preset: Preset, seed: int) -> str:
-    "What a detector was trained on, in a few words for its model card."
-    real, fake = (index[(index.split == "train") & (index.label == label)] for label in (0, 1))
-    made_by = ", ".join(sorted(set(fake.generator.astype(str))))
-    return f"{len(real):,} real and {len(fake):,} generated images ({made_by}), preset {preset.name}, seed {seed}"
 
 # %% ../nbs/23_training.ipynb #89da9957
 def train(

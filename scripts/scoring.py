@@ -71,7 +71,7 @@ def stages(folder: Path, n: int, rounds: int = 3) -> dict:
     from nsnet.detector import Detector
     from nsnet.images import Image
     from nsnet.scoring import _answer, _rows, _seen
-    from nsnet.storage import open_collection
+    from nsnet.images import open_collection
     detector, captioner, table = Detector.from_pretrained("mini"), load_captioner("mini"), _rows(folder)[:n]
     look, sources = partial(_seen, config=detector.preprocess, to_caption=True), list(zip(table.source, table.caption))
     times, captions = {}, []

@@ -19,7 +19,7 @@ import nsnet
 from nsnet.captions import caption_store
 from nsnet.cli import main
 from nsnet.generators import index_mini
-from nsnet.inference import load_weights
+from nsnet.model import load_weights
 from nsnet.storage import Records, asset
 
 REPO = Path(__file__).resolve().parents[1]

@@ -21,7 +21,8 @@ from nsnet.config import RECIPES, preprocess_config, preset, recipe_for
 from nsnet.detector import Detector
 from nsnet.export import export_onnx
 from nsnet.generators import index_mini
-from nsnet.inference import build_network, network_inputs, predict, preprocess_all, trained_state, verdicts
+from nsnet.inference import build_network, network_inputs, predict, preprocess_all, verdicts
+from nsnet.model import trained_state
 from nsnet.runtime import _sealed, load_detector, load_onnx
 from nsnet.scenes import true_caption
 from nsnet.storage import fingerprint
@@ -74,7 +75,7 @@ def seen(detector, world):
     index = index[index.split == "test"]
     arrays, *_ = preprocess_all(index, root, detector.preprocess, progress=False)
     x = network_inputs(arrays, None, detector.recipe, detector.preprocess, detector.backbone, progress=False)
-    return x, torch.from_numpy(arrays), text_features(detector.backbone, list(index.caption), progress=False)
+    return x, arrays[:], text_features(detector.backbone, list(index.caption), progress=False)
 
 
 def refusal(function, *args, **options):

@@ -20,7 +20,8 @@ from nsnet.config import PreprocessConfig, recipe_for
 from nsnet.config import preset as known_preset
 from nsnet.detector import Detector
 from nsnet.generators import index_mini
-from nsnet.inference import build_network, load_weights, preprocess_all, save_weights
+from nsnet.inference import build_network, preprocess_all
+from nsnet.model import load_weights, save_weights
 from nsnet.scoring import read_scores
 from nsnet.storage import Records, asset, fingerprint
 from nsnet.training import train
@@ -271,20 +272,26 @@ def test_damaged_caches(tmp_path, detector, world):
     "Point 11: made anew, or refused with the name of the file or folder."
     (index, root), backbone = world, detector.backbone
     few, canvas = index.head(3), np.zeros((1, 64, 64, 3), np.uint8)
-    def spoil(folder, change):
-        [file] = tmp_path.glob(f"{folder}*/*.safetensors")
-        save_file({k: change(t) for k, t in load_file(file).items()}, file)
+    def spoil(folder, name, change):
+        [file] = tmp_path.glob(f"{folder}*/{name}")
+        file.write_bytes(change(file.read_bytes()))
     calls = dict(text=lambda: text_features(backbone, ["a ring"], tmp_path, progress=False),
                  image=lambda: image_features(backbone, canvas, ["x"], tmp_path, progress=False),
-                 canvases=lambda: preprocess_all(few, root, detector.preprocess, tmp_path, progress=False))
+                 canvases=lambda: preprocess_all(few, root, detector.preprocess, tmp_path, progress=False)[0][:])
     for name, call in calls.items():
-        call()
-        spoil(name, lambda t: t[:7].clone())
-        assert str(tmp_path/name) in refusal(call)
-        shutil.rmtree(next(tmp_path.glob(f"{name}*")))
-        call()
+        whole = call()
+        for file, change in (("rows.bin", lambda b: b[:-5]), ("keys.jsonl", lambda b: b[:-5]), ("keys.jsonl", lambda b: b""),
+                             ("rows.bin", lambda b: b + b"half a row"), ("keys.jsonl", lambda b: b + b'"half a k')):
+            spoil(name, file, change)                       # what a kill can leave behind: made anew
+            assert torch.equal(call(), whole)
+        for file, change in (("header.json", lambda b: b.replace(b"[", b"[7, ")), ("header.json", lambda b: b[:9]), ("keys.jsonl", lambda b: b"?\n"),
+                             ("header.json", lambda b: b.replace(b"int8", b"int16").replace(b"float32", b"float16"))):
+            spoil(name, file, change)                       # what only damage can
+            assert str(tmp_path/name) in refusal(call)
+            shutil.rmtree(next(tmp_path.glob(f"{name}*")))
+            call()
     for name in ("text", "image"):
-        spoil(name, lambda t: t*float("nan"))
+        spoil(name, "rows.bin", lambda b: b"\xff"*len(b))
         assert str(tmp_path/name) in refusal(calls[name])
     store = tmp_path/"captions.jsonl"
     caption(few, root, store=store, progress=False)

@@ -17,7 +17,8 @@ from nsnet.detector import Detector
 from nsnet.generators import index_mini
 from nsnet.images import open_image
 from nsnet.index import split
-from nsnet.inference import build_network, load_weights, trained_state
+from nsnet.inference import build_network
+from nsnet.model import load_weights, trained_state
 from nsnet.scenes import true_caption
 from test_resume import fit, fit_until, recipe_with, same
 

@@ -5,7 +5,8 @@ import torch
 from nsnet import training
 from nsnet.clip import load_backbone
 from nsnet.config import preset, recipe_for
-from nsnet.inference import build_network, trained_state
+from nsnet.inference import build_network
+from nsnet.model import trained_state
 
 BACKBONE = load_backbone("mini", "cpu")
 SETTINGS = {
