@@ -52,7 +52,7 @@ processors: $(READY)
 rehearsal: $(READY)
 	$(STUDY) rehearsal -p scale real -p per_class 24 -p n_train 20 -p systems all -p out reports/rehearsal
 
-# Images per second and memory, on the GPU where there is one: reports/speed/
+# Every stage against the limit of the machine, on the GPU where there is one: reports/speed/
 speed: $(READY)
 	$(STUDY) speed -p scale real -p out reports/speed
 
