@@ -321,20 +321,18 @@ def test_several_processes_need_a_file(run, monkeypatch):
 
 def test_ctrl_c_says_what_is_kept(folder, tmp_path):
     "One line, no traceback, and the same command goes on where it stopped."
-    pictures = [folder/"mini"/path for path in index_mini(folder/"mini", n_train=0, n_test=2, progress=False).path]
-    (tmp_path/"many").mkdir()
-    for i in range(400): (tmp_path/f"many/{i}{pictures[i % len(pictures)].suffix}").symlink_to(pictures[i % len(pictures)].resolve())
-    def scored(name): return ["score", str(tmp_path/"many"), "--batch-size", "4", "--out", str(tmp_path/name)]
-    line = [sys.executable, "-m", "nsnet.cli", *scored("s.csv")]
-    process = subprocess.Popen(line, env=ENV, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and not any(p.is_file() and p.stat().st_size > 500 for p in tmp_path.iterdir()): time.sleep(.02)
+    line = [sys.executable, "-m", "nsnet.cli", "score", "mini", "--batch-size", "4", "--out", str(tmp_path/"s.csv")]
+    process = subprocess.Popen(line, env=ENV, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))    # a background job's is ignored
+    while process.poll() is None and not any(p.stat().st_size > 500 for p in tmp_path.iterdir()): time.sleep(.02)
     os.killpg(process.pid, signal.SIGINT)                     # as a terminal does: the workers too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out and "the rows made so far are beside" in err and "Traceback" not in err, err
     assert len([line for line in err.splitlines() if line.startswith("nsnet: stopped")]) == 1
-    assert main(scored("s.csv")) == 0 and main(scored("whole.csv")) == 0
+    assert main(["score", "mini", "--batch-size", "4", "--out", str(tmp_path/"s.csv")]) == 0
+    assert main(["score", "mini", "--batch-size", "4", "--out", str(tmp_path/"whole.csv")]) == 0
     stopped, whole = (pd.read_csv(tmp_path/name).drop(columns="seconds") for name in ("s.csv", "whole.csv"))
-    assert stopped.equals(whole) and len(whole) == 400
+    assert stopped.equals(whole)
 
 
 def test_studies_are_listed_and_explained(run):
