@@ -242,7 +242,14 @@ def unsure_band(
     low = fake[k] if (k := beyond(fake)) >= 0 else 0.
     return float(min(low, high, threshold)), float(max(low, high, threshold))
 
-# %% ../nbs/19_inference.ipynb #dff39ea7
+# %% ../nbs/19_inference.ipynb #c0e0ca5b
+def _warn_of_few(y: np.ndarray) -> None:
+    "Warn where chance chooses the best epoch and the threshold."
+    real, fake = (int((y == label).sum()) for label in (0, 1))
+    if min(real, fake) < 19: warnings.warn(
+        f"validation has {real} real and {fake} generated images: with fewer than 19 of a label, the best epoch and "
+        "the threshold are chosen by chance, and all is unsure; use more images or more val in split", stacklevel=4)
+
 @torch.no_grad()
 def calibrate(
     net: torch.nn.Module,            # NSNet or Probe, trained; its last layer is changed

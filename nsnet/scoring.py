@@ -207,7 +207,7 @@ def _reopen(out: Path, journal: Path, mark: str) -> None:
             for record in table.drop(columns=["probability", "verdict"]).to_dict("records"):
                 file.write(json.dumps({k: v for k, v in record.items() if v == v and v != ""}) + "\n")
 
-# %% ../nbs/21_scoring.ipynb #5b04e8b3
+# %% ../nbs/21_scoring.ipynb #01a2f820
 def _still_true(row: tuple, places: dict) -> bool:
     "Whether there is a record of a row (path, source, given caption, hash or None), made of the same picture."
     path, source, caption, sha = row
@@ -223,7 +223,8 @@ def _missing(rows: pd.DataFrame, places: dict, size: int, rank: int, ranks: int,
     asked = list(zip(rows.path, rows.source, rows.caption, rows.get("sha256", [None]*len(rows))))
     done, known = np.zeros(len(rows), bool), [i for i, path in enumerate(rows.path) if path in places]
     work, old = partial(_still_true, places=places), [asked[i] for i in known]
-    for found, _ in open_collection(old, work, batch_size=size, desc="comparing", progress=progress):
+    workers = 0 if "sha256" in rows else None                  # nothing is opened where the index has the hashes
+    for found, _ in open_collection(old, work, None, size, "comparing", progress, workers):
         done[[known[i] for i, same in found if same]] = True
     batches = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][rank::ranks]
     return rows.iloc[[i for batch in batches if not done[batch].all() for i in batch]]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/23_training.ipynb #e2026989
+# %% ../nbs/23_training.ipynb #cfff1cb7
 import json
-import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +25,8 @@ from .config import PreprocessConfig, Preset, Recipe, preprocess_config, recipe_
 from .config import preset as known_preset
 from .detector import Detector, _described
 from .images import _ahead, atomic_write, write_rejected
-from .inference import (_config_key, _logits, _probability, build_network, calibrate, inputs_above, prepare_inputs,
-                             projection_matrix)
+from .inference import (_config_key, _logits, _probability, _warn_of_few, build_network, calibrate, inputs_above,
+                             prepare_inputs, projection_matrix)
 from .losses import LossTerms, nsnet_loss
 from .metrics import point_metrics
 from .model import _OTHER, _load_checkpoint, _save_checkpoint, load_trained_state, trained_state
@@ -57,7 +57,18 @@ def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
         raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
     return used
 
-# %% ../nbs/23_training.ipynb #d53fdd21
+# %% ../nbs/23_training.ipynb #82d93263
+def _inputs(used: pd.DataFrame, root, recipe: Recipe, config, backbone: Backbone, cache, progress: bool) -> tuple:
+    "What the network takes, the rows of the index that have it, [(path, reason)] of the rest."
+    x, rows, rejected = prepare_inputs(used, root, recipe, config, backbone, cache, progress)
+    return inputs_above(x, recipe, config, backbone, cache, progress), rows, rejected
+
+def _accelerator(device=None):
+    "accelerate's view of the processes that train together; the first view in a program decides where they compute."
+    from accelerate import Accelerator, PartialState
+    PartialState(cpu=torch.device(device).type == "cpu" if device else not torch.cuda.is_available())
+    return Accelerator(mixed_precision="no")                          # `clip.precision_of` decides, and nothing else
+
 def prepare(
     index: pd.DataFrame,        # with split and caption
     root: str | Path,           # folder the paths start from
@@ -68,9 +79,12 @@ def prepare(
     progress: bool = True,      # show bars
 ) -> tuple[dict[str, Part], list]:  # {"train": Part, "val": Part}, [(path, reason)] of what cannot be used
     "Training and validation data. Raises ValueError for a missing label, caption or tower, or mostly unusable images."
-    used = _checked(index, recipe)
-    x, rows, rejected = prepare_inputs(used, root, recipe, config, backbone, cache, progress)
-    x = inputs_above(x, recipe, config, backbone, cache, progress)
+    used, together = _checked(index, recipe), _accelerator(backbone.device)
+    options = root, recipe, config, backbone, cache, progress
+    if cache and together.num_processes > 1:                            # what is wrong with images, all say below
+        with suppress(ValueError): _inputs(used[together.process_index::together.num_processes], *options)
+        together.wait_for_everyone()
+    x, rows, rejected = _inputs(used, *options)
     y = torch.tensor(rows.label.to_numpy(), dtype=torch.float32)
     if recipe.kind != "nsnet": v = torch.zeros(len(rows), 1)
     else: v = _text_rows(backbone, list(rows.caption), cache, None, progress)
@@ -127,7 +141,7 @@ def train_step(
     scaler.update()
     return torch.cat([terms, (scaler.scale(one) < scale)[None]])
 
-# %% ../nbs/23_training.ipynb #e867b942
+# %% ../nbs/23_training.ipynb #6381c28b
 def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     "Append the epoch's validation figures; return the weights of the best epoch so far."
     both = len(set(part.y.tolist())) == 2
@@ -138,12 +152,6 @@ def _validate(net, part: Part, run: dict, best: dict, recipe: Recipe) -> dict:
     if behind and recipe.select == "val": return best
     run["best_epoch"] = len(run["validation"]) - 1
     return trained_state(net)
-
-def _accelerator(device=None):
-    "accelerate's view of the processes that train together; the first view in a program decides where they compute."
-    from accelerate import Accelerator, PartialState
-    PartialState(cpu=torch.device(device).type == "cpu" if device else not torch.cuda.is_available())
-    return Accelerator(mixed_precision="no")                          # `clip.precision_of` decides, and nothing else
 
 def _optimizer(net, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
     "Adam or AdamW over the weights that learn, and a scaler that does nothing unless a tower learns in fp16."
@@ -229,7 +237,7 @@ def _finished(out: Path | None, key: str, backbone: Backbone, captioner: str) ->
     if found != key: raise ValueError(f"{out} holds another run{_OTHER}")
     return Detector.from_pretrained(out, backbone=backbone, captioner=captioner)
 
-# %% ../nbs/23_training.ipynb #0983817f
+# %% ../nbs/23_training.ipynb #41ccc046
 def _keep(out: Path, detector: Detector, run: dict) -> None:
     "Write a finished run, by the first process alone: detector, history, what was left out, and last run.json."
     together = _accelerator(detector.backbone.device)
@@ -240,30 +248,22 @@ def _keep(out: Path, detector: Detector, run: dict) -> None:
             table = pd.DataFrame(run[name])
             with atomic_write(out/f"{name}.csv") as file: table.to_csv(file, index=False, lineterminator="\n")
         if run["rejected"]: write_rejected(run["rejected"], out/"rejected.csv")
-        summary = {k: run[k] for k in ("key", "step", "best_epoch", "temperature")}
-        summary = json.dumps(summary | dict(precision=detector.backbone.precision))
-        with atomic_write(out/"run.json") as file: file.write_text(summary)
+        facts = {k: run[k] for k in ("key", "step", "best_epoch", "temperature")}
+        facts["precision"] = detector.backbone.precision
+        with atomic_write(out/"run.json") as file: file.write_text(json.dumps(facts))
         (out/"checkpoint.safetensors").unlink(missing_ok=True)
     together.wait_for_everyone()
 
 def _learned(recipe: Recipe, parts: dict[str, Part], backbone: Backbone, seed: int, key: str, **options) -> tuple:
     "A trained network and the record of its run; options as for `fit`."
-    _warn_of_few(parts["val"])
+    _warn_of_few(parts["val"].y.numpy())
     torch.manual_seed(seed)
     part = parts["train"]
     net = build_network(recipe, backbone, projection_matrix(recipe, part.v, part.x, backbone))
     if recipe.kind == "nsnet": return net, fit(net, parts, recipe, seed, key=key, **options)
     return net.fit(part.x, part.y, seed=seed), _begun(None, (), key)[0]
 
-# %% ../nbs/23_training.ipynb #e4e3ba24
-def _warn_of_few(val: Part) -> None:
-    "Warn where chance chooses the best epoch and the threshold."
-    fake = int(val.y.sum())
-    if min(fake, real := len(val.y) - fake) < 19: warnings.warn(
-        f"validation has {real} real and {fake} generated images: with fewer than 19 of a label, the best epoch and "
-        "the threshold are chosen by chance, and all is unsure; use more images or more val in split", stacklevel=4)
-
-# %% ../nbs/23_training.ipynb #89da9957
+# %% ../nbs/23_training.ipynb #ab5c478f
 def train(
     recipe: str | Recipe,                 # a system, by name with the preset's training fields
     index: pd.DataFrame,                  # with split (train, val) and captions
