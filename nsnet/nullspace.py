@@ -26,15 +26,18 @@ def project_per_sample(
     along = (u * m).sum(-1, keepdim=True) / (m * m).sum(-1, keepdim=True).clamp_min(eps)
     return (u - along * m).to(dtype)
 
-# %% ../nbs/13_nullspace.ipynb #632321c9
+# %% ../nbs/13_nullspace.ipynb #a3bc649b
 def _captions_gram(captions: Tensor | Iterable[Tensor], chunk: int = 4096) -> Tensor:
     "Sum of v vᵀ over all captions, (d, d) float64, in one pass and constant memory."
     gram = None
     for batch in [captions] if isinstance(captions, Tensor) else captions:
         if batch.ndim != 2: raise ValueError(f"captions must be (N, d), got shape {tuple(batch.shape)}")
         for rows in batch.detach().split(chunk) if len(batch) else ():
-            rows = rows.double()
-            gram = rows.T @ rows if gram is None else gram + rows.T @ rows
+            if gram is None:                                     # the same memory for every chunk
+                wide = rows.new_empty(chunk, rows.shape[1], dtype=torch.float64)
+                gram, product = (wide.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(2))
+            wide_rows = wide[:len(rows)].copy_(rows)
+            gram += torch.mm(wide_rows.T, wide_rows, out=product)
     if gram is None: raise ValueError("no captions: a null space needs at least one")
     if not gram.isfinite().all(): raise ValueError("a caption embedding is not finite (NaN or inf)")
     return gram
