@@ -34,8 +34,9 @@ def known_gpu(
     "Which GPU of the table this is."
     return next((gpu for gpu in PEAKS if re.search(rf"\b{gpu}\b", name)), None)
 
-# %% ../nbs/35_estimate.ipynb #3f06b7d6
-CLIP_TFLOP, BLIP_TFLOP = .162, .138    # per image: ViT-L/14 at 224 pixels, BLIP-base with 40 tokens
+# %% ../nbs/35_estimate.ipynb #01d4721c
+CLIP_TFLOP = .162    # per image: ViT-L/14 at 224 pixels
+BLIP_TFLOP = .138    # per image: BLIP-base with 40 tokens
 
 def _work(preset: Preset, recipes: Iterable[Recipe], seeds: int, files: int) -> pd.DataFrame:
     "A row for each stage: images, the rate of its work on the processor, TFLOP per image, the rate of that."

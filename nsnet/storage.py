@@ -158,7 +158,7 @@ def _read_rows(file: Path, at: np.ndarray, out) -> None:
                 if not (n := f.readinto(place)): raise ValueError(f"{file} is too short: delete {file.parent}")
                 place = place[n:]
 
-# %% ../nbs/02_storage.ipynb #c12506cb
+# %% ../nbs/02_storage.ipynb #e973211a
 class Arrays:
     "Rows of one shape and type by key, in a folder: appended as they are made, read when they are asked for."
     def __init__(self,
@@ -239,9 +239,8 @@ class Arrays:
         "Rows by number, in their order. Raises ValueError for a damaged file."
         import torch
         out = torch.empty(len(at), *self.kind[1], dtype=getattr(torch, self.kind[0]))
-        if not self.folder:
-            for row, i in zip(out, at): row.copy_(self._kept[i])
-        elif len(at): _read_rows(self.folder/"rows.bin", at, out)
+        if not self.folder: return torch.stack([self._kept[i] for i in at]) if len(at) else out
+        if len(at): _read_rows(self.folder/"rows.bin", at, out)
         if not out.is_floating_point() or out.isfinite().all(): return out
         raise ValueError(f"{self.folder}/rows.bin is damaged (NaN or infinite): delete {self.folder}")
 
