@@ -626,6 +626,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nsnet.training._keep': ('training.html#_keep', 'nsnet/training.py'),
                                 'nsnet.training._learned': ('training.html#_learned', 'nsnet/training.py'),
                                 'nsnet.training._learning_rate': ('training.html#_learning_rate', 'nsnet/training.py'),
+                                'nsnet.training._only': ('training.html#_only', 'nsnet/training.py'),
                                 'nsnet.training._optimizer': ('training.html#_optimizer', 'nsnet/training.py'),
                                 'nsnet.training._order': ('training.html#_order', 'nsnet/training.py'),
                                 'nsnet.training._read': ('training.html#_read', 'nsnet/training.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Detector']
 
-# %% ../nbs/22_detector.ipynb #536774e4
+# %% ../nbs/22_detector.ipynb #2701302c
 import json
 import warnings
 from copy import deepcopy
@@ -24,8 +24,8 @@ from .explain import fig_explanation
 from .images import ImageError, _opened, atomic_write
 from .inference import _config_key, _expected_kinds, build_network, verdicts
 from .metrics import evaluate
-from .model import _refuse_other, load_trained_state, load_weights, save_weights, trained_state
-from .model import NSNet, NSNetOutput
+from .model import (NSNet, NSNetOutput, _refuse_other, load_trained_state, load_weights, save_weights,
+                         trained_state)
 from .scoring import (_SHOWN, _answer, _captioned, _rows, _scored, _seen, _stream, _table, score_to_file)
 from .storage import asset, fingerprint, refuse_if_mostly_rejected
 

@@ -6,7 +6,7 @@
 __all__ = ['CONTROLS', 'caption_control', 'Inputs', 'confounded', 'Trial', 'run_trial', 'run_trials', 'score_table', 'fact_table',
            'save_scores', 'load_scores']
 
-# %% ../nbs/27_experiments.ipynb #4bc7bbbd
+# %% ../nbs/27_experiments.ipynb #93725406
 import gzip
 import warnings
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from .inference import _probability, calibrate, predict, prepare_inputs
 from .model import NSNet
 from .scenes import WORDS, true_caption
 from .storage import Records, Rows, _require, fingerprint
-from .training import Part, _learned
+from .training import Part, _learned, _only
 
 # %% ../nbs/27_experiments.ipynb #b4fcdc80
 CONTROLS = ("own", "true", "same content", "shuffled", "a picture", "mean v", "mean u", "random")
@@ -54,7 +54,7 @@ def caption_control(
     groups = [index.split] if control == "shuffled" else [index.split, *(index[word] for word in WORDS)]
     return list(_permuted(index.caption, groups, rng))
 
-# %% ../nbs/27_experiments.ipynb #c438c103
+# %% ../nbs/27_experiments.ipynb #58a36af8
 class Inputs:
     "The images of an experiment as networks take them: computed once, shared by all trials."
     def __init__(self,
@@ -102,8 +102,7 @@ class Inputs:
         x, v, used = self.x(recipe, seed), self.v(control, seed), True if used is None else np.asarray(used)
         patch = self.preset.patch if recipe.lora_rank and recipe.patches != "whole" else None
         chosen = {s: torch.tensor((self.index.split.eq(s) & used).to_numpy()) for s in ("train", "val", "test")}
-        def of(rows): return x.only(rows) if isinstance(x, Rows) else x[rows]
-        return {s: Part(of(rows), y[rows], v[rows], patch) for s, rows in chosen.items()}
+        return {s: Part(_only(x, rows), y[rows], v[rows], patch) for s, rows in chosen.items()}
 
 # %% ../nbs/27_experiments.ipynb #bd01280e
 def confounded(

@@ -39,7 +39,7 @@ def preprocess(
     select = known.get(config.kind, partial(select_patches_by, config.kind))
     return select(image, config.patch, config.canvas, config.seed)
 
-# %% ../nbs/19_inference.ipynb #2b858dde
+# %% ../nbs/19_inference.ipynb #dbd8b5ad
 def _config_key(config: PreprocessConfig) -> str:
     "A name for what `preprocess` makes of an image, without the fields that do not matter to its kind."
     chosen = config.patch, config.canvas, config.seed, "v2"       # the version of the rules by which patches are chosen
@@ -50,16 +50,14 @@ def _kind(config: PreprocessConfig) -> tuple[str, tuple[int, ...]]:
     "Type and shape of what `preprocess` makes of an image."
     return ("float32", (96,)) if config.kind == "spectrum" else ("uint8", (config.canvas, config.canvas, 3))
 
-def _canvas_store(config: PreprocessConfig, cache, n: int) -> Arrays:
-    "Where canvases are kept, with room for those of n more images. Raises ValueError where there is none."
-    store = Arrays(cache and Path(cache)/f"canvases-{_config_key(config)}")
-    store.reserve(n, *_kind(config))
-    return store
+def _canvas_store(config: PreprocessConfig, cache) -> Arrays:
+    "Where canvases are kept, under the content hash of their image."
+    return Arrays(cache and Path(cache)/f"canvases-{_config_key(config)}")
 
 def _canvases(rows: pd.DataFrame, root, config: PreprocessConfig, store: Arrays | None, reasons: dict, bar: bool):
     "(content hash, canvas) of distinct images in order, read or made; new ones are stored, `reasons` names the others."
     keys = list(rows.sha256)
-    sources = [None if store and key in store else Path(root)/path for key, path in zip(keys, rows.path)]
+    sources = [None if store is not None and key in store else Path(root)/path for key, path in zip(keys, rows.path)]
     def work(path): return None if path is None else preprocess(open_image(path), config)
     workers = None if any(sources) else 0
     for made, refused in open_collection(sources, work, keys, desc="preprocessing", progress=bar, workers=workers):
@@ -68,7 +66,7 @@ def _canvases(rows: pd.DataFrame, root, config: PreprocessConfig, store: Arrays 
         if store is not None and new: store.add([key for key, _ in new], np.stack([x for _, x in new]))
         yield from ((keys[i], store.rows([keys[i]])[0] if x is None else x) for i, x in made)
 
-# %% ../nbs/19_inference.ipynb #3648ca8d
+# %% ../nbs/19_inference.ipynb #add713db
 def _usable(index: pd.DataFrame, root, store: Arrays, keys: list[str], reasons: dict, kind: tuple) -> tuple:
     "The stored rows of an index's images, the images that have one, [(path, reason)] of the rest."
     usable = np.array([key in store for key in keys])
@@ -85,9 +83,9 @@ def preprocess_all(
 ) -> tuple[Rows, pd.DataFrame, list]:  # n canvases or spectra, their n rows, [(path, reason)] of the rest
     "All images of an index, preprocessed once. ValueError when most cannot be used, or the disk has no room."
     _require(index, "path", "sha256")
-    known, reasons = _canvas_store(config, cache, 0), {}
-    missing = index[[key not in known for key in index.sha256]].drop_duplicates("sha256")
-    store = _canvas_store(config, cache, len(missing))
+    store, reasons = _canvas_store(config, cache), {}
+    missing = index[[key not in store for key in index.sha256]].drop_duplicates("sha256")
+    store.reserve(len(missing), *_kind(config))
     for _ in _canvases(missing, root, config, store, reasons, progress): pass
     return _usable(index, root, store, list(index.sha256), reasons, _kind(config))
 
@@ -110,7 +108,7 @@ def network_inputs(
     keys = keys and [f"{key}-{_config_key(config)}" for key in keys]
     return image_features(backbone, arrays, keys, cache, progress=progress)
 
-# %% ../nbs/19_inference.ipynb #e58573da
+# %% ../nbs/19_inference.ipynb #cc2525e4
 def prepare_inputs(
     index: pd.DataFrame,       # images with sha256, at least one
     root: str | Path,          # folder that their paths start from
@@ -125,7 +123,8 @@ def prepare_inputs(
     _require(index, "path", "sha256")
     store, reasons, keys = _image_store(backbone, cache), {}, [f"{sha}-{_config_key(config)}" for sha in index.sha256]
     missing = index[[key not in store for key in keys]].drop_duplicates("sha256")
-    canvases = _canvas_store(config, cache, len(missing)) if cache else None
+    canvases = _canvas_store(config, cache) if cache else None
+    if cache: canvases.reserve(len(missing), *_kind(config))
     stream = _canvases(missing, root, config, canvases, reasons, False)
     named = ((f"{sha}-{_config_key(config)}", canvas) for sha, canvas in stream)
     _embed(backbone, store, named, len(missing), progress=progress)

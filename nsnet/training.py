@@ -57,11 +57,17 @@ def _checked(index: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
         raise ValueError("reshuffle needs a tower that learns: set lora_rank, or leave reshuffle off")
     return used
 
-# %% ../nbs/23_training.ipynb #82d93263
+# %% ../nbs/23_training.ipynb #c0b65280
 def _inputs(used: pd.DataFrame, root, recipe: Recipe, config, backbone: Backbone, cache, progress: bool) -> tuple:
-    "What the network takes, the rows of the index that have it, [(path, reason)] of the rest."
+    "What the network takes of images and captions, the rows of the index that have it, [(path, reason)] of the rest."
     x, rows, rejected = prepare_inputs(used, root, recipe, config, backbone, cache, progress)
-    return inputs_above(x, recipe, config, backbone, cache, progress), rows, rejected
+    x = inputs_above(x, recipe, config, backbone, cache, progress)
+    if recipe.kind != "nsnet": return x, torch.zeros(len(rows), 1), rows, rejected
+    return x, _text_rows(backbone, list(rows.caption), cache, None, progress), rows, rejected
+
+def _only(t: Tensor | Rows, chosen: Tensor) -> Tensor | Rows:
+    "Some rows; those of a store are not read yet."
+    return t.only(chosen) if isinstance(t, Rows) else t[chosen]
 
 def _accelerator(device=None):
     "accelerate's view of the processes that train together; the first view in a program decides where they compute."
@@ -84,14 +90,11 @@ def prepare(
     if cache and together.num_processes > 1:                            # what is wrong with images, all say below
         with suppress(ValueError): _inputs(used[together.process_index::together.num_processes], *options)
         together.wait_for_everyone()
-    x, rows, rejected = _inputs(used, *options)
+    x, v, rows, rejected = _inputs(used, *options)
     y = torch.tensor(rows.label.to_numpy(), dtype=torch.float32)
-    if recipe.kind != "nsnet": v = torch.zeros(len(rows), 1)
-    else: v = _text_rows(backbone, list(rows.caption), cache, None, progress)
     patch = config.patch if recipe.lora_rank and config.kind != "whole" else None
     picked = {s: torch.tensor((rows.split == s).tolist()) for s in ("train", "val")}
-    def only(t, chosen): return t.only(chosen) if isinstance(t, Rows) else t[chosen]
-    return {s: Part(*(only(t, chosen) for t in (x, y, v)), patch) for s, chosen in picked.items()}, rejected
+    return {s: Part(*(_only(t, chosen) for t in (x, y, v)), patch) for s, chosen in picked.items()}, rejected
 
 # %% ../nbs/23_training.ipynb #61e69a16
 def _learning_rate(step: int, total: int, recipe: Recipe) -> float:
