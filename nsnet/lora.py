@@ -121,12 +121,14 @@ def add_lora(
     tower.visual, tower.__class__, tower.first = get_peft_model(tower.visual, config), LoraTower, first
     return tower
 
-# %% ../nbs/12_lora.ipynb #b18dd4b4
+# %% ../nbs/12_lora.ipynb #43493f30
 def _agree(tower, canvases: torch.Tensor, tokens: torch.Tensor) -> bool:
-    "Whether a tower computes the same from stored tokens as from canvases: to the bit, on a GPU but for rounding."
+    "Whether a tower computes the same of stored tokens as of canvases, learning and not; on a GPU but for rounding."
     device = tower.mean.device
-    a, b = tower(canvases.to(device)), tower(tokens.to(device))
-    return torch.equal(a, b) if device.type == "cpu" else bool((a - b).norm() < .02*a.norm())
+    for learning in (True, False):
+        a, b = (tower.train(learning)(x.to(device)) for x in (canvases, tokens))
+        if not (torch.equal(a, b) if device.type == "cpu" else (a - b).norm() < .02*a.norm()): return False
+    return True
 
 @torch.no_grad()
 def _keep_below(tower, x: Rows, store: Arrays, keys: list[str], size: int, desc="blocks below", progress=True) -> bool:

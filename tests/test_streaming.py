@@ -134,7 +134,7 @@ def test_from_kept_blocks_to_the_bit(world, tmp_path, changes):
     plain = train(recipe, index, out=tmp_path/"plain", **options)
     with patch("nsnet.clip.ImageTower._pixels", autospec=True, side_effect=ImageTower._pixels) as seen: fast = train(recipe, index, out=tmp_path/"fast", cache=tmp_path/"cache", **options)
     assert rows_of(tmp_path/"cache")["blocks"] == len(index) and plain.threshold == fast.threshold
-    assert sum(len(call.args[1]) for call in seen.call_args_list) == 1 + 8 + 64 + 64     # for its shape, to compare, to store: none in the epochs
+    assert sum(len(call.args[1]) for call in seen.call_args_list) == 1 + 2*8 + 64 + 64     # for its shape, to compare twice, to store: none in the epochs
     for name in ("model.safetensors", "history.csv", "validation.csv", "run.json"):
         assert (tmp_path/"plain"/name).read_bytes() == (tmp_path/"fast"/name).read_bytes(), name
 
