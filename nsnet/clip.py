@@ -188,17 +188,18 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #e3fd2a05
+# %% ../nbs/11_clip.ipynb #c8a0c2eb
 def inference_batch_size(
     net: nn.Module,           # a tower or a network, with weights
     asked: int | None = None, # what a caller wants
 ) -> int:
-    "Rows to give a network when nothing is learned: as asked, else 2 for a large one on a CPU, 64 for others."
+    "Rows to give a network when nothing is learned: as asked, else 64; on a CPU 8 if it is large, 2 if very large."
     if asked is not None and not asked >= 1: raise ValueError(f"batch_size must be 1 or more, not {asked}")
     if asked: return int(asked)
     weights = list(net.state_dict().values())
     count = getattr(net, "n_weights", None) or sum(w.numel() for w in weights)
-    return 2 if weights[0].device.type == "cpu" and count > 2e7 else 64
+    if weights[0].device.type != "cpu" or count <= 2e7: return 64
+    return 8 if count <= 2e8 else 2
 
 def _rows(store: Arrays, keys: list, kind: tuple) -> Rows:
     "The stored rows of all keys, in order. Raises ValueError where they are of another kind: dtype and shape."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resolve', 'find_study', 'list_studies', 'parameters_of', 'read_parameters', 'read_seeds', 'run_study', 'study_index']
 
-# %% ../nbs/26_study.ipynb #3af5296c
+# %% ../nbs/26_study.ipynb #d58677b7
 import ast
 import base64
 import json
@@ -28,7 +28,6 @@ import nsnet
 from .benchmarks import index_any
 from .config import PreprocessConfig, Preset, override
 from .formats import balance_formats, normalise_format
-from .generators import index_mini
 from .index import split
 from .kaggle import download_dalle
 
@@ -71,7 +70,7 @@ def list_studies() -> dict[str, str]: # name -> its question, in one line
     texts = {name: "\n".join("".join(cell["source"]) for cell in one["cells"]) for name, one in nb.items()}
     return {name: found[1] if (found := re.search(r"^> (.+)", text, re.M)) else "" for name, text in texts.items()}
 
-# %% ../nbs/26_study.ipynb #0c0c3d45
+# %% ../nbs/26_study.ipynb #df40c6ad
 _TYPES = dict(str=str, int=int, float=float, bool=bool)
 
 class _Parameter(NamedTuple):
@@ -85,13 +84,16 @@ def parameters_of(
     notebook: str | Path, # a study, or its notebook
 ) -> dict[str, _Parameter]: # name -> name, type, default, help
     "What can be changed in a study, in order. Raises ValueError without a tagged cell, or without a type."
-    import papermill
-    name, found = Path(notebook).stem, papermill.inspect_notebook(str(find_study(notebook)))
-    if not found: raise ValueError(f"{name} has no cell tagged 'parameters'; the tag may have been cleaned away")
-    for key, p in found.items():
-        if p["inferred_type_name"] not in _TYPES: raise ValueError(f"{name}: {key} needs a type: {', '.join(_TYPES)}")
-    return {key: _Parameter(key, _TYPES[p["inferred_type_name"]], ast.literal_eval(p["default"]), p["help"])
-            for key, p in found.items()}
+    name, known = Path(notebook).stem, {}
+    cells = json.loads(find_study(notebook).read_text(encoding="utf-8"))["cells"]
+    source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())), "")
+    for line in ast.parse(source).body:
+        key, kind = ast.unparse(getattr(line, "target", line)), ast.unparse(getattr(line, "annotation", line))
+        if kind not in _TYPES: raise ValueError(f"{name}: {key} needs a type: {', '.join(_TYPES)}")
+        comment = source.splitlines()[line.end_lineno - 1].encode()[line.end_col_offset:].decode()
+        known[key] = _Parameter(key, _TYPES[kind], ast.literal_eval(line.value), comment.strip(" #"))
+    if not known: raise ValueError(f"{name} has no cell tagged 'parameters'; the tag may have been cleaned away")
+    return known
 
 # %% ../nbs/26_study.ipynb #25f87193
 def _checked(notebook: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,10 +204,11 @@ def run_study(
         raise
     return final
 
-# %% ../nbs/26_study.ipynb #45feea23
+# %% ../nbs/26_study.ipynb #6d155a44
 def _collection(preset: Preset, root: Path, cache: Path, progress: bool) -> tuple[pd.DataFrame, Path]:
     "All images of a preset's collection and the folder their paths start from."
     if preset.data == "mini":
+        from nsnet.generators import index_mini              # loads PyTorch, which finding a study does not need
         return index_mini(root, preset.n_train, preset.n_test, preset.seen or "deconv", progress=progress), root
     if preset.data == "dalle": root = download_dalle(root, progress)
     layout = "folder" if preset.data == "folder" else None

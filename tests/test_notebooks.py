@@ -11,12 +11,14 @@ import nbformat
 import papermill
 import pytest
 
+from nsnet.study import parameters_of
+
 REPO = Path(__file__).resolve().parents[1]
 COMPONENTS = sorted((REPO/"nbs").glob("[0-9]*.ipynb"))
 STUDIES = sorted((REPO/"nbs/studies").glob("*.ipynb"))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in COMPONENTS}
 LEAVES = {"images", "patches", "nullspace", "losses", "metrics", "counts"}
-LATE = {"shell", "cli"}            # import where they need it, so that --help answers at once
+LATE = {"shell", "cli", "study"}   # import where they need it, so that --help answers at once
 MODULES = [p for p in sorted((REPO/"nsnet").glob("*.py")) if p.name != "_modidx.py"]
 by_name = dict(ids=lambda path: path.stem)
 
@@ -129,6 +131,9 @@ def test_study_has_typed_and_commented_parameters(notebook):
     for name, p in parameters.items():
         assert p["inferred_type_name"] in ("str", "int", "float", "bool"), f"{name} has no type"
         assert p["help"].strip(), f"{name} has no comment"
+    ours = {name: (p.type.__name__, str(p.default), p.help) for name, p in parameters_of(notebook).items()}
+    assert ours == {name: (p["inferred_type_name"], str(ast.literal_eval(p["default"])), p["help"])
+                    for name, p in parameters.items()}, "papermill reads them otherwise"
 
 
 @pytest.mark.parametrize("notebook", [*COMPONENTS, *STUDIES], **by_name)
