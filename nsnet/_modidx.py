@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nsnet.model._kinds': ('model.html#_kinds', 'nsnet/model.py'),
                              'nsnet.model._learned': ('model.html#_learned', 'nsnet/model.py'),
                              'nsnet.model._load_checkpoint': ('model.html#_load_checkpoint', 'nsnet/model.py'),
+                             'nsnet.model._memory_kept': ('model.html#_memory_kept', 'nsnet/model.py'),
                              'nsnet.model._refuse_other': ('model.html#_refuse_other', 'nsnet/model.py'),
                              'nsnet.model._save_checkpoint': ('model.html#_save_checkpoint', 'nsnet/model.py'),
                              'nsnet.model.load_trained_state': ('model.html#load_trained_state', 'nsnet/model.py'),

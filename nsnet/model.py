@@ -6,8 +6,11 @@
 __all__ = ['SemanticMapper', 'ProjectionHead', 'NSNetOutput', 'NSNet', 'trained_state', 'load_trained_state', 'save_weights',
            'load_weights']
 
-# %% ../nbs/15_model.ipynb #01e70067
+# %% ../nbs/15_model.ipynb #c3359489
+import ctypes
 import json
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,3 +209,16 @@ def _load_checkpoint(path, net, optimizer, scaler, key: str) -> tuple[dict, dict
     optimizer.load_state_dict(optimizer.state_dict() | dict(state={i: kept for i, kept in moments.items() if kept}))
     if scaler.is_enabled(): scaler.load_state_dict(run.pop("scaler"))
     return run, named("best/")
+
+# %% ../nbs/15_model.ipynb #5b7ee37a
+@contextmanager
+def _memory_kept():
+    "Within it, memory that is freed stays with the process, where the C library can be told so."
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"): yield; return
+    trim, mapped, mappings = -1, -3, -4                            # M_TRIM_THRESHOLD and its kin in malloc.h
+    for option, value in ((mappings, 0), (trim, -1)): libc.mallopt(option, value)
+    try: yield
+    finally:                                                       # the largest values that malloc takes by itself
+        for option, value in ((mappings, 65536), (mapped, 2**25), (trim, 2**26)): libc.mallopt(option, value)
+        libc.malloc_trim(0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'prepare', 'train_step', 'fit', 'run_key', 'train']
 
-# %% ../nbs/23_training.ipynb #cfff1cb7
+# %% ../nbs/23_training.ipynb #8ec7e4e8
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -29,7 +29,7 @@ from .inference import (_config_key, _logits, _probability, _warn_of_few, build_
                              prepare_inputs, projection_matrix)
 from .losses import LossTerms, nsnet_loss
 from .metrics import point_metrics
-from .model import _OTHER, _load_checkpoint, _save_checkpoint, load_trained_state, trained_state
+from .model import _OTHER, _load_checkpoint, _memory_kept, _save_checkpoint, load_trained_state, trained_state
 from .patches import _reshuffled
 from .storage import Rows, _require, fingerprint
 
@@ -185,7 +185,8 @@ def _read(part: Part, steps: Iterable[int], size: int, seed: int) -> Iterator[tu
         return step, Part(part.x[chosen], part.y[chosen], part.v[chosen], part.patch)
     return _ahead(map(read, steps))
 
-# %% ../nbs/23_training.ipynb #61c27c5f
+# %% ../nbs/23_training.ipynb #67172005
+@_memory_kept()
 def fit(
     net: torch.nn.Module,                 # NSNet, untrained
     parts: dict[str, Part],               # "train" and "val"
