@@ -14,17 +14,17 @@ import pandas as pd
 
 from .config import Preset, Recipe
 
-# %% ../nbs/35_estimate.ipynb #468ea6aa
+# %% ../nbs/35_estimate.ipynb #f65c6b31
 PEAKS = dict(T4=65., L4=121., A100=312., H100=989.)    # dense TFLOP/s in float16 or bfloat16, from the data sheets
 
 @dataclass(frozen=True)
 class Rates:
     "What each kind of work reaches; ratios are shares of the rate of plain matrix products."
-    files: float = 142.    # measured: files opened per second, by one core
-    patches: float = 55.   # measured: images opened and their patches chosen per second, by one core
+    files: float = 105.    # measured: files opened per second, by one core
+    patches: float = 45.   # measured: images opened and their patches chosen per second, by one core
     caption: float = .05   # assumed: of BLIP on a GPU
-    encode: float = .80    # measured: of CLIP's image tower, forward
-    train: float = .73     # measured: of a training step without checkpointing
+    encode: float = .90    # measured: of CLIP's image tower, forward
+    train: float = .84     # measured: of a training step, recomputation counted
     product: float = .65   # published: of plain products, as share of the data sheet's peak
 
 # %% ../nbs/35_estimate.ipynb #88155c45
