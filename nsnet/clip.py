@@ -188,12 +188,12 @@ def check_canvas(
     raise ValueError(f"{backbone.name} takes a canvas of {size} pixels with patches of {fits}; "
                      f"canvas {canvas} with patch {patch} does not fit")
 
-# %% ../nbs/11_clip.ipynb #c8a0c2eb
+# %% ../nbs/11_clip.ipynb #53c82d1e
 def inference_batch_size(
     net: nn.Module,           # a tower or a network, with weights
     asked: int | None = None, # what a caller wants
 ) -> int:
-    "Rows to give a network when nothing is learned: as asked, else 64; on a CPU 8 if it is large, 2 if very large."
+    "Rows to give a network when nothing is learned: as asked, else 64; on a CPU 8 above 2e7 weights, 2 above 2e8."
     if asked is not None and not asked >= 1: raise ValueError(f"batch_size must be 1 or more, not {asked}")
     if asked: return int(asked)
     weights = list(net.state_dict().values())

@@ -70,7 +70,7 @@ def list_studies() -> dict[str, str]: # name -> its question, in one line
     texts = {name: "\n".join("".join(cell["source"]) for cell in one["cells"]) for name, one in nb.items()}
     return {name: found[1] if (found := re.search(r"^> (.+)", text, re.M)) else "" for name, text in texts.items()}
 
-# %% ../nbs/26_study.ipynb #df40c6ad
+# %% ../nbs/26_study.ipynb #0c11596f
 _TYPES = dict(str=str, int=int, float=float, bool=bool)
 
 class _Parameter(NamedTuple):
@@ -85,9 +85,14 @@ def parameters_of(
 ) -> dict[str, _Parameter]: # name -> name, type, default, help
     "What can be changed in a study, in order. Raises ValueError without a tagged cell, or without a type."
     name, known = Path(notebook).stem, {}
-    cells = json.loads(find_study(notebook).read_text(encoding="utf-8"))["cells"]
-    source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())), "")
-    for line in ast.parse(source).body:
+    file = find_study(notebook)
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())), "")
+        lines = ast.parse(source).body
+    except (ValueError, LookupError, TypeError, SyntaxError):
+        raise ValueError(f"{file} is no notebook, or its parameters cell is not plain Python") from None
+    for line in lines:
         key, kind = ast.unparse(getattr(line, "target", line)), ast.unparse(getattr(line, "annotation", line))
         if kind not in _TYPES: raise ValueError(f"{name}: {key} needs a type: {', '.join(_TYPES)}")
         comment = source.splitlines()[line.end_lineno - 1].encode()[line.end_col_offset:].decode()

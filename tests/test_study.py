@@ -206,3 +206,10 @@ def test_files_encoded_alike(tmp_path):
     assert all((tmp_path/"data/encoded/crop64-q80"/path).is_file() for path in used)
     study(tmp_path, "plain", preset="folder", root="images", systems="spectrum_probe")
     assert "format (1.00)" in (tmp_path/"plain/table1.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [{"source": "!ls", "metadata": {"tags": ["parameters"]}}]}'])
+def test_a_file_that_is_no_study(tmp_path, text):
+    (file := tmp_path/"mine.ipynb").write_text(text)
+    with pytest.raises(ValueError, match="mine.ipynb is no notebook, or its parameters cell is not plain Python"):
+        parameters_of(file)
